@@ -1,0 +1,1 @@
+"""Reading adapter files: safetensors only, fail closed."""

@@ -1,0 +1,101 @@
+"""The tensors of one adapter file, each to be taken exactly once.
+
+A method takes the keys that its config implies; what is then missing or left over is an error that
+names the key. This is what makes a wrong prefix or a wrong target a refusal instead of a silent
+base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peftcore.errors import CheckpointError
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: PEFT's prefix before the module's path in the base model.
+PREFIX = "base_model.model."
+
+
+class TensorReader:
+    """The checked tensors of an adapter, by key."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(
+                    key, f"dtype {tensor.dtype} is not one of float32, float16, bfloat16"
+                )
+            if tensor.numel() == 0:
+                raise CheckpointError(key, f"the tensor is empty: shape {tuple(tensor.shape)}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(key, "the tensor holds values that are not finite (NaN, inf)")
+        self._tensors = dict(tensors)
+        self._taken: set[str] = set()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TensorReader:
+        """Read a safetensors file.
+
+        Raises:
+            CheckpointError: not a safetensors file, truncated, or a tensor that is refused.
+        """
+        tensors: dict[str, Tensor] = {}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise CheckpointError("weights", f"not a readable safetensors file: {exc}") from None
+        if not tensors:
+            raise CheckpointError("weights", "the file holds no tensor")
+        return cls(tensors)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def peek(self, key: str) -> Tensor:
+        """The tensor as it is in the file, not taken."""
+        return self._tensors[key]
+
+    def has(self, key: str) -> bool:
+        return key in self._tensors
+
+    def take(self, key: str, shape: Sequence[int], why: str = "") -> Tensor:
+        """Take one tensor as float32.
+
+        Args:
+            key: its full key in the file.
+            shape: the shape that config and base imply.
+            why: what implies the key, for the message.
+
+        Raises:
+            CheckpointError: the key is missing, or its shape is another.
+        """
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            raise CheckpointError(key, f"missing from the weights{why and f': {why}'}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                key,
+                f"shape {list(tensor.shape)}, but the config and the base model imply "
+                f"{list(shape)}",
+            )
+        self._taken.add(key)
+        return tensor.to(torch.float32)
+
+    def finish(self) -> None:
+        """Raises CheckpointError if a key was never taken."""
+        left = sorted(self._tensors.keys() - self._taken)
+        if left:
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            raise CheckpointError(
+                left[0],
+                f"no module of the base model takes this key under this config{more}. Keys look "
+                f"like '{PREFIX}<module path>.<parameter>'; check the prefix and target_modules",
+            )

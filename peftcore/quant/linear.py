@@ -1,0 +1,166 @@
+"""Linear layers over nf4 and int8 codes: bitsandbytes quantizes, one module multiplies.
+
+    nf4   W ≈ LUT[code] · absmax   per block of 64 weights (QLoRA, arXiv:2305.14314)
+    int8  W ≈ code · absmax / 127  per output row (LLM.int8(), arXiv:2208.07339, without outliers)
+
+On CUDA bitsandbytes' own operators multiply. On a CPU they dequantize the whole weight into fresh
+memory at each call, so there a tile of rows at a time is dequantized into one small buffer that
+stays in the cache, and torch multiplies the tile. Both read the same codes.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Quantization = Literal["nf4", "int8", "none"]
+
+_BLOCK = 64
+#: Dequantized weights per tile: 8 MiB of float32.
+_TILE_ELEMENTS = 2 << 20
+
+_scratch = threading.local()
+
+
+def _tile_buffer(numel: int) -> Tensor:
+    """This thread's tile, `[numel]` float32 on the CPU; its contents belong to one call."""
+    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < numel:
+        buffer = _scratch.buffer = torch.empty(max(numel, _TILE_ELEMENTS))
+    return buffer[:numel]
+
+
+class QuantLinear(nn.Module):
+    """y = W x + b over quantized W.
+
+    x: `[..., in_features]` float; returns `[..., out_features]` in x's dtype.
+
+    Attributes:
+        codes: nf4 `[out·in/2, 1]` uint8, or int8 `[out, in]`.
+        absmax: float32, nf4 `[out·in/64]`, or int8 `[out]`.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
+        """Quantize `weight` `[out_features, in_features]`, float."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.quantization = quantization
+        weight = weight.detach().to(torch.float32).contiguous()
+        if quantization == "nf4":
+            codes, state = bnb.functional.quantize_4bit(
+                weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=False
+            )
+            absmax = state.absmax
+        elif quantization == "int8":
+            half = weight.to(torch.float16) if weight.is_cuda else weight
+            codes, absmax, _ = bnb.functional.int8_vectorwise_quant(half)
+        else:
+            raise ValueError(f"quantization: {quantization!r} is not 'nf4' or 'int8'")
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax.to(torch.float32))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.quantization}"
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """W[start:stop] without int8's row scale, float32; the result lives until the next call.
+
+        For nf4 `start` is a multiple of the block size, so that blocks are whole.
+        """
+        k = self.in_features
+        if self.quantization == "int8":
+            return _tile_buffer((stop - start) * k).view(-1, k).copy_(self.codes[start:stop])
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            self.codes[start * k // 2 : (stop * k + 1) // 2],
+            self.absmax[start * k // _BLOCK : -(-stop * k // _BLOCK)],
+            _BLOCK,
+            "nf4",
+            (stop - start, k),
+            torch.float32,
+        )
+
+    def _tile_rows(self) -> int:
+        return max(_BLOCK, _TILE_ELEMENTS // self.in_features // _BLOCK * _BLOCK)
+
+    def dequantize(self) -> Tensor:
+        """W as `[out_features, in_features]` float32, in fresh memory."""
+        if self.codes.is_cuda and self.quantization == "nf4":
+            return bnb.functional.dequantize_4bit(self.codes, self._nf4_state(torch.float32))
+        if self.quantization == "int8":
+            return self.codes.to(torch.float32) * (self.absmax / 127)[:, None]
+        step = self._tile_rows()
+        tiles = range(0, self.out_features, step)
+        return torch.cat([self._rows(i, min(i + step, self.out_features)) for i in tiles])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return self._forward_cuda(x)
+        n, step = self.out_features, self._tile_rows()
+        rows = x.to(torch.float32)
+        if n <= step:
+            y = F.linear(rows, self._rows(0, n))
+        else:
+            y = rows.new_empty(*x.shape[:-1], n)
+            for i in range(0, n, step):
+                y[..., i : i + step] = F.linear(rows, self._rows(i, min(i + step, n)))
+        if self.quantization == "int8":
+            y.mul_(self.absmax / 127)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.to(x.dtype)
+
+    def _nf4_state(self, dtype: torch.dtype) -> bnb.functional.QuantState:
+        return bnb.functional.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=bnb.functional.get_4bit_type("nf4", device=self.absmax.device),
+            blocksize=_BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+        )
+
+    def _forward_cuda(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.quantization == "nf4":
+            return bnb.matmul_4bit(x, self.codes.t(), self._nf4_state(x.dtype), bias=bias)
+        state = bnb.MatmulLtState()
+        state.CB, state.SCB, state.has_fp16_weights, state.threshold = (
+            self.codes,
+            self.absmax,
+            False,
+            0.0,
+        )
+        return bnb.matmul(x, self.codes, state=state, bias=bias)
+
+
+def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Replace every linear layer of `model` by a `QuantLinear`, in place.
+
+    The output embedding is quantized to int8 under either choice: it decides every token, and four
+    bits cost more there than they save. A tied input embedding keeps its float weight.
+    """
+    if quantization == "none":
+        return
+    output = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            weight, bias = module.weight, module.bias
+        elif isinstance(module, Conv1D):
+            weight, bias = module.weight.t(), module.bias
+        else:
+            continue
+        choice: Quantization = "int8" if module is output else quantization
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, QuantLinear(weight, bias, choice))

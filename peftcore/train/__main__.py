@@ -1,0 +1,5 @@
+"""`python -m peftcore.train`."""
+
+from peftcore.train.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""`polypeft-serve`: settings, model, HTTP."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from server.settings import Settings
+
+
+def main() -> None:
+    """Parse the flags and serve until interrupted."""
+    try:
+        settings = CliApp.run(Settings)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        flag = "--" + "-".join(str(p) for p in first["loc"]).replace("_", "-")
+        sys.exit(f"polypeft-serve: {flag}: {first['msg']}")
+    # What follows takes seconds to import; --help does not wait for it.
+    from server.api.app import create_app
+    from server.build import SetupError, build_runtime, preload
+    from server.models.probe import UnservableModel
+    from server.models.sources import ModelSourceError
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        runtime = build_runtime(settings)
+        if settings.preload is not None:
+            preload(runtime, settings.preload)
+    except (SetupError, ModelSourceError, UnservableModel) as exc:
+        sys.exit(f"polypeft-serve: {exc}")
+    uvicorn.run(create_app(runtime), host=settings.host, port=settings.port, log_level="info")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Where adapters are: packed on the host, resident in the device arena, pinned by requests.
+
+The engine's thread owns everything here but the loader's thread, which reads files, compiles, and
+copies into a range that was reserved for it. So a step never waits for a load, and a load never
+touches what a step reads. Three states: loading, ready, and not here.
+
+Invariant: a pinned adapter is never evicted; an unpinned one is evicted least recently used first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from peftcore.arena import AdapterArena
+from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
+from server.engine.scheduler import Residency
+from server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+#: Reads and compiles an adapter by digest; runs on the loader's thread.
+Load = Callable[[str], PackedAdapter]
+#: Elements of an adapter's packed form, by digest; quick.
+SizeOf = Callable[[str], int]
+
+
+@dataclass(eq=False)
+class Entry:
+    """An adapter in the arena. `bound` is None while it loads."""
+
+    digest: str
+    offset: int
+    num_elements: int
+    pins: int = 0
+    layout: Layout = ()
+    bound: BoundAdapter | None = None
+
+
+@dataclass
+class CacheStats:
+    """Counts since the start, and seconds."""
+
+    num_hits: int = 0
+    num_loads: int = 0
+    num_evictions: int = 0
+    num_failures: int = 0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    digest: str
+    packed: PackedAdapter | None
+    error: Exception | None
+    seconds: float
+
+
+class HostCache:
+    """Packed adapters in host memory, up to `max_bytes`; the oldest go first. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._packed
+
+    def get(self, digest: str) -> PackedAdapter | None:
+        with self._lock:
+            packed = self._packed.get(digest)
+            if packed is not None:
+                self._packed.move_to_end(digest)
+            return packed
+
+    def put(self, packed: PackedAdapter) -> None:
+        with self._lock:
+            if packed.digest in self._packed or packed.num_bytes > self.max_bytes:
+                return
+            self._packed[packed.digest] = packed
+            self.num_bytes += packed.num_bytes
+            while self.num_bytes > self.max_bytes:
+                _, old = self._packed.popitem(last=False)
+                self.num_bytes -= old.num_bytes
+
+    def drop(self, digest: str) -> None:
+        with self._lock:
+            packed = self._packed.pop(digest, None)
+            if packed is not None:
+                self.num_bytes -= packed.num_bytes
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless the bytes add up and are within the budget."""
+        assert self.num_bytes == sum(p.num_bytes for p in self._packed.values())
+        assert self.num_bytes <= self.max_bytes
+
+
+class AdapterCache:
+    """The resident adapters of one engine.
+
+    Args:
+        arena: the device memory that adapters share.
+        host: packed copies that spare reading and compiling.
+        load, size_of: see `Load`, `SizeOf`.
+        wake: called from the loader's thread when a load has ended.
+    """
+
+    def __init__(
+        self,
+        arena: AdapterArena,
+        host: HostCache,
+        *,
+        load: Load,
+        size_of: SizeOf,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.arena = arena
+        self.host = host
+        self.stats = CacheStats()
+        self._load = load
+        self._size_of = size_of
+        self._wake = wake
+        self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
+        self._doomed: set[str] = set()
+        self._failed: dict[str, Exception] = {}
+        self._done: deque[_Loaded] = deque()
+        self._pool = ThreadPoolExecutor(1, "adapter-loader", initializer=yield_to_engine)
+
+    # -- what the scheduler asks ---------------------------------------------------------------
+
+    def acquire(self, seq: Sequence) -> Residency:
+        """Pin all adapters of `seq`, or none; see `scheduler.Adapters`."""
+        digests = list(dict.fromkeys(use.digest for use in seq.adapters))
+        if not seq.pinned:
+            if any(d in self._failed for d in digests):
+                return "failed"
+            missing = [d for d in digests if d not in self._entries]
+            for digest in digests:
+                if digest in self._entries:
+                    self._entries[digest].pins += 1
+            if not self._reserve(missing):
+                for digest in digests:
+                    if digest in self._entries:
+                        self._entries[digest].pins -= 1
+                return "full"
+            self.stats.num_hits += len(digests) - len(missing)
+            seq.pinned = True
+        for digest in digests:
+            if digest not in self._entries:  # its load failed since
+                self.release(seq)
+                return "failed"
+            self._entries.move_to_end(digest)
+        ready = all(self._entries[d].bound is not None for d in digests)
+        return "ready" if ready else "loading"
+
+    def release(self, seq: Sequence) -> None:
+        """Drop the pins of `seq`."""
+        if not seq.pinned:
+            return
+        seq.pinned = False
+        for digest in dict.fromkeys(use.digest for use in seq.adapters):
+            entry = self._entries.get(digest)
+            if entry is None:
+                continue
+            entry.pins -= 1
+            if entry.pins == 0 and digest in self._doomed:
+                self.drop(digest)
+
+    def error_of(self, seq: Sequence) -> Exception | None:
+        """Why an adapter of `seq` could not be loaded; asked once, after which it may be tried."""
+        errors = [self._failed.pop(use.digest, None) for use in seq.adapters]
+        return next((e for e in errors if e is not None), None)
+
+    def resident(self, digest: str) -> BoundAdapter:
+        """The weights of a pinned adapter that is ready."""
+        bound = self._entries[digest].bound
+        assert bound is not None
+        return bound
+
+    # -- between steps ---------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what the loader has finished."""
+        while self._done:
+            done = self._done.popleft()
+            entry = self._entries[done.digest]
+            self.stats.load_seconds += done.seconds
+            if done.packed is None:
+                assert done.error is not None
+                logger.error("adapter %s cannot be loaded: %s", done.digest[:12], done.error)
+                self.stats.num_failures += 1
+                self._failed[done.digest] = done.error
+                self._remove(entry)
+                continue
+            self.stats.num_loads += 1
+            entry.layout = done.packed.layout
+            entry.bound = bind(entry.digest, entry.layout, self.arena.data, entry.offset)
+            if entry.pins == 0 and done.digest in self._doomed:
+                self.drop(done.digest)
+
+    @property
+    def is_loading(self) -> bool:
+        return any(entry.bound is None for entry in self._entries.values())
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter; now, or when its load or its last pin ends."""
+        self.host.drop(digest)
+        self._failed.pop(digest, None)
+        entry = self._entries.get(digest)
+        if entry is None:
+            self._doomed.discard(digest)
+        elif entry.pins or entry.bound is None:
+            self._doomed.add(digest)
+        else:
+            self._doomed.discard(digest)
+            self._remove(entry)
+
+    def residency(self, digest: str) -> str:
+        """ "device", "loading", "host" or "disk". May be asked from any thread."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            return "loading" if entry.bound is None else "device"
+        return "host" if digest in self.host else "disk"
+
+    def _reserve(self, digests: Seq[str]) -> bool:
+        """Make room for all of `digests` and start to load them, pinned once; or load none."""
+        sizes = {digest: self._size_of(digest) for digest in digests}
+        taken: list[Entry] = []
+        for digest, num_elements in sizes.items():
+            offset = self._make_room(num_elements)
+            if offset is None:
+                for entry in taken:
+                    self._remove(entry)
+                return False
+            entry = Entry(digest, offset, num_elements, pins=1)
+            self._entries[digest] = entry
+            taken.append(entry)
+        for entry in taken:
+            self._pool.submit(self._run_load, entry.digest, entry.offset, entry.num_elements)
+        return True
+
+    def _make_room(self, num_elements: int) -> int | None:
+        """A range, after evicting what is unpinned, oldest first, and closing gaps if need be."""
+        offset = self.arena.allocate(num_elements)
+        evictable = [e for e in self._entries.values() if e.pins == 0 and e.bound is not None]
+        room = self.arena.num_free + sum(e.num_elements for e in evictable)
+        if offset is not None or room < num_elements:
+            return offset
+        for entry in evictable:
+            self.stats.num_evictions += 1
+            self._remove(entry)
+            offset = self.arena.allocate(num_elements)
+            if offset is not None:
+                return offset
+        self._compact()
+        return self.arena.allocate(num_elements)
+
+    def _compact(self) -> None:
+        loading = [e.offset for e in self._entries.values() if e.bound is None]
+        moved = self.arena.compact(fixed=loading)
+        for entry in self._entries.values():
+            if entry.offset in moved and entry.bound is not None:
+                entry.offset = moved[entry.offset]
+                entry.bound = bind(entry.digest, entry.layout, self.arena.data, entry.offset)
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.digest]
+        self.arena.free(entry.offset)
+
+    # -- the loader's thread ---------------------------------------------------------------------
+
+    def _run_load(self, digest: str, offset: int, num_elements: int) -> None:
+        start = time.perf_counter()
+        packed, error = None, None
+        try:
+            packed = self.host.get(digest)
+            if packed is None:
+                packed = self._load(digest)
+                self.host.put(packed)
+            if packed.data.numel() != num_elements:
+                raise ValueError(
+                    f"{packed.data.numel()} elements, but the registry says {num_elements}"
+                )
+            self.arena.data[offset : offset + num_elements].copy_(packed.data)
+        except Exception as exc:
+            packed, error = None, exc
+        self._done.append(_Loaded(digest, packed, error, time.perf_counter() - start))
+        self._wake()
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def check_integrity(self, live: Seq[Sequence] = ()) -> None:
+        """Raises AssertionError unless arena, entries and the pins of `live` sequences agree."""
+        pins: dict[str, int] = {}
+        for seq in live:
+            if seq.pinned:
+                for digest in dict.fromkeys(use.digest for use in seq.adapters):
+                    pins[digest] = pins.get(digest, 0) + 1
+        assert {d: e.pins for d, e in self._entries.items() if e.pins} == pins, "pins differ"
+        self.host.check_integrity()
+        if not self.is_loading:
+            self.arena.check_integrity()
+            used = sum(-(-e.num_elements // 64) * 64 for e in self._entries.values())
+            assert self.arena.num_used == used, "arena ranges without an adapter"
+
+
+def yield_to_engine() -> None:
+    """Thread initializer: work beside the engine must not take the cores from its steps."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    torch.set_num_threads(1)
+
+
+__all__ = ["AdapterCache", "CacheStats", "HostCache"]

@@ -1,0 +1,426 @@
+"""Adapters by name: registration, aliases, leases.
+
+A name is an alias of a content digest. A request takes a *lease* on the digests that it starts
+with; a flip or a delete changes what later requests find, and a digest that no name and no lease
+refers to any more is dropped from cache and disk. The manager knows names and digests, not where
+weights lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from types import TracebackType
+from typing import Literal
+
+from peftcore.base import BaseModel
+from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
+from peftcore.packing import packed_elements
+from peftcore.program import check_mixture
+from server.adapters.admission import validate
+from server.adapters.cache import yield_to_engine
+from server.adapters.store import AdapterRecord, AdapterStore, Alias
+from server.engine.sequence import AdapterUse
+from server.errors import BadRequest, Conflict, NotFound, TooLarge, Unprocessable
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+#: How often request counts are written to the registry, in seconds.
+_FLUSH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a client is told of an adapter. Bytes on the device and in the files; times in seconds
+    since the epoch."""
+
+    name: str
+    digest: str
+    method: str
+    rank: int
+    num_bytes: int
+    file_bytes: int
+    num_virtual_tokens: int
+    modules: tuple[str, ...]
+    created_at: float
+    updated_at: float
+    num_requests: int
+    last_used_at: float | None
+    residency: str
+    num_running: int
+
+
+class Lease:
+    """Keeps the adapters of one request alive; a context manager.
+
+    Attributes:
+        label: the model name to answer with.
+        uses: the adapters, empty for the base.
+        num_virtual_tokens: positions that they take before the prompt.
+        virtual_kv: those positions' keys and values are given, not computed.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        uses: tuple[AdapterUse, ...],
+        *,
+        num_virtual_tokens: int = 0,
+        virtual_kv: bool = False,
+        on_release: Callable[[Lease], None] = lambda lease: None,
+    ) -> None:
+        self.label = label
+        self.uses = uses
+        self.num_virtual_tokens = num_virtual_tokens
+        self.virtual_kv = virtual_kv
+        self._on_release = on_release
+        self._released = False
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go; a second call does nothing."""
+        if not self._released:
+            self._released = True
+            self._on_release(self)
+
+
+class AdapterManager:
+    """The registered adapters of one base model. Thread-safe.
+
+    Args:
+        store: files and registry.
+        base, base_name: what adapters attach to, and its name in requests.
+        arena_bytes, itemsize: the adapters' device memory, and bytes of one element in it.
+        residency: where a digest is now.
+        forget: called with a digest that is gone for good.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        base: BaseModel,
+        base_name: str,
+        *,
+        arena_bytes: int,
+        itemsize: int,
+        residency: Callable[[str], str],
+        forget: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self.base_name = base_name
+        self._base = base
+        self._arena_bytes = arena_bytes
+        self._itemsize = itemsize
+        self._residency = residency
+        self._forget = forget
+        self._lock = threading.RLock()
+        self._aliases: dict[str, Alias] = {alias.name: alias for alias in store.aliases()}
+        self._records: dict[str, AdapterRecord] = {}
+        for alias in self._aliases.values():
+            record = store.record(alias.digest)
+            assert record is not None
+            self._records[alias.digest] = record
+        self._leases: Counter[str] = Counter()
+        self._uncounted: Counter[str] = Counter()
+        self._flushed_at = time.time()
+        self._validator = ThreadPoolExecutor(1, "adapter-validator", initializer=yield_to_engine)
+        for digest in store.unreferenced():
+            store.purge(digest)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def lease(self, model: str, mixture: Sequence[tuple[str, float]] | None = None) -> Lease:
+        """Resolve what a request names, and keep it alive.
+
+        Args:
+            model: the base's name, "<adapter>", "<base>:<adapter>" or
+                "<adapter>@sha256:<digest prefix>".
+            mixture: adapters and weights, beside the base's name.
+
+        Raises:
+            NotFound: no such model, adapter, or digest of it.
+            BadRequest: a mixture beside an adapter's name, or an empty or repeated one.
+            Unprocessable: a mixture that does not add up.
+            TooLarge: a mixture that does not fit the adapters' memory.
+        """
+        with self._lock:
+            if mixture is not None:
+                return self._lease_mixture(model, mixture)
+            if model == self.base_name:
+                return Lease(model, ())
+            alias = self._find(model.removeprefix(f"{self.base_name}:"), "model")
+            self._uncounted[alias.name] += 1
+            return self._take(model, [(alias.digest, 1.0)])
+
+    def _lease_mixture(self, model: str, mixture: Sequence[tuple[str, float]]) -> Lease:
+        if model != self.base_name:
+            raise BadRequest(
+                f"adapters: goes beside the base model's name {self.base_name!r}, not {model!r}",
+                param="model",
+            )
+        if not mixture:
+            raise BadRequest("adapters: at least one is needed", param="adapters")
+        found = [(self._find(name, "adapters"), weight) for name, weight in mixture]
+        digests = [alias.digest for alias, _ in found]
+        if len(set(digests)) < len(digests):
+            raise BadRequest(
+                "adapters: one adapter is named twice; add its weights up", param="adapters"
+            )
+        records = [self._records[d] for d in digests]
+        try:
+            check_mixture(
+                [(a.name, r.adds, r.method) for (a, _), r in zip(found, records, strict=True)],
+                [weight for _, weight in found],
+            )
+        except MixtureError as exc:
+            raise Unprocessable(str(exc), param="adapters", code="mixture_not_additive") from None
+        total = sum(r.num_bytes for r in records)
+        if total > self._arena_bytes:
+            raise TooLarge(
+                f"adapters: together {total} bytes, but the adapters' memory is "
+                f"{self._arena_bytes} bytes (--adapter-memory)",
+                param="adapters",
+                code="adapter_too_large",
+            )
+        for alias, _ in found:
+            self._uncounted[alias.name] += 1
+        return self._take(model, [(a.digest, weight) for a, weight in found])
+
+    def _find(self, reference: str, param: str) -> Alias:
+        """The alias for "<adapter>" or "<adapter>@sha256:<digest prefix>"."""
+        name, at, prefix = reference.partition("@sha256:")
+        alias = self._aliases.get(name)
+        if alias is None:
+            raise NotFound(
+                f"the model {reference!r} does not exist: it is neither the base model "
+                f"{self.base_name!r} nor a registered adapter",
+                param=param,
+                code="model_not_found",
+            )
+        if at and not (re.fullmatch("[0-9a-f]{1,64}", prefix) and alias.digest.startswith(prefix)):
+            raise NotFound(
+                f"adapter {name!r} is now sha256:{alias.digest[:12]}, not sha256:{prefix[:64]}",
+                param=param,
+                code="model_not_found",
+            )
+        return alias
+
+    def _take(self, label: str, uses: Sequence[tuple[str, float]]) -> Lease:
+        for digest, _ in uses:
+            self._leases[digest] += 1
+        first = self._records[uses[0][0]]
+        return Lease(
+            label,
+            tuple(AdapterUse(digest, weight) for digest, weight in uses),
+            num_virtual_tokens=first.num_virtual_tokens,
+            virtual_kv=first.virtual_kv,
+            on_release=self._release,
+        )
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            for use in lease.uses:
+                self._let_go(use.digest)
+
+    def _let_go(self, digest: str) -> None:
+        self._leases[digest] -= 1
+        if self._leases[digest] == 0:
+            del self._leases[digest]
+            self._drop_if_unused(digest)
+
+    def _drop_if_unused(self, digest: str) -> None:
+        if digest in self._leases or any(a.digest == digest for a in self._aliases.values()):
+            return
+        if self._records.pop(digest, None) is not None:
+            self.store.purge(digest)
+            self._forget(digest)
+
+    def record(self, digest: str) -> AdapterRecord:
+        """The record of a digest that is named or leased."""
+        return self._records[digest]
+
+    # -- registration ----------------------------------------------------------------------------
+
+    def register(
+        self, name: str, config: bytes, weights: Path
+    ) -> tuple[AdapterInfo, Literal["created", "unchanged", "updated"]]:
+        """Validate an adapter, keep it, and let `name` mean it. Blocks; for a worker thread.
+
+        Args:
+            name: the alias.
+            config: `adapter_config.json`'s bytes.
+            weights: a safetensors file, which stays the caller's.
+
+        Raises:
+            BadRequest: the name. Conflict: it is the base's. Unprocessable: the adapter does not
+            fit the base. TooLarge: it does not fit the adapters' memory.
+        """
+        self.check_name(name)
+        try:
+            # One at a time, on a thread that gives way to the engine.
+            record = self._validator.submit(self._validate, config, weights).result()
+        except AdapterError as exc:
+            raise _refusal(exc) from None
+        digest = record.digest
+        with self._lock:
+            self._leases[digest] += 1  # nobody drops it until the name holds it
+        try:
+            with self.store.staging() as staged:
+                (staged / CONFIG_NAME).write_bytes(config)
+                copyfile(weights, staged / WEIGHTS_NAME)
+                self.store.put(staged, record)
+            with self._lock:
+                previous = self._aliases.get(name)
+                self._records.setdefault(digest, record)
+                if previous is None or previous.digest != digest:
+                    self.store.set_alias(name, digest)
+                    alias = self.store.alias(name)
+                    assert alias is not None
+                    self._aliases[name] = alias
+                if previous is not None and previous.digest != digest:
+                    self._drop_if_unused(previous.digest)
+                info = self._info(self._aliases[name])
+        finally:
+            with self._lock:
+                self._let_go(digest)
+        if previous is None:
+            return info, "created"
+        return info, "unchanged" if previous.digest == digest else "updated"
+
+    def check_name(self, name: str) -> None:
+        """Raises BadRequest or Conflict if an adapter cannot have this name."""
+        if not NAME_PATTERN.fullmatch(name):
+            raise BadRequest(
+                f"name: {name[:200]!r} must match {NAME_PATTERN.pattern} (letters, digits, '.', "
+                "'_', '-'; at most 128)",
+                param="name",
+            )
+        if name == self.base_name:
+            raise Conflict(f"name: {name!r} is the base model's", param="name")
+
+    def _validate(self, config: bytes, weights: Path) -> AdapterRecord:
+        parsed, program = validate(config, weights, self._base)
+        num_bytes = packed_elements(program) * self._itemsize
+        if num_bytes > self._arena_bytes:
+            raise TooLarge(
+                f"weights: the adapter takes {num_bytes} bytes, but the adapters' memory is "
+                f"{self._arena_bytes} bytes (--adapter-memory)",
+                param="weights",
+                code="adapter_too_large",
+            )
+        return AdapterRecord(
+            digest=program.digest,
+            method=parsed.peft_type,
+            rank=program.max_rank,
+            num_bytes=num_bytes,
+            num_virtual_tokens=program.num_virtual_tokens,
+            virtual_kv=program.virtual_kv,
+            adds=program.adds,
+            modules=tuple(program.modules),
+            file_bytes=len(config) + weights.stat().st_size,
+            created_at=time.time(),
+        )
+
+    # -- what there is ---------------------------------------------------------------------------
+
+    def list(self) -> list[AdapterInfo]:
+        """All adapters by name."""
+        with self._lock:
+            self.flush()
+            return [self._info(self._aliases[name]) for name in sorted(self._aliases)]
+
+    def get(self, name: str) -> AdapterInfo:
+        """Raises NotFound."""
+        with self._lock:
+            self.flush()
+            return self._info(self._find(name, "name"))
+
+    def delete(self, name: str) -> AdapterInfo:
+        """Forget a name; requests that run finish. Raises NotFound."""
+        with self._lock:
+            self.flush()
+            alias = self._find(name, "name")
+            info = self._info(alias)
+            self.store.remove_alias(alias.name)
+            del self._aliases[alias.name]
+            self._drop_if_unused(alias.digest)
+            return info
+
+    def _info(self, alias: Alias) -> AdapterInfo:
+        record = self._records[alias.digest]
+        return AdapterInfo(
+            name=alias.name,
+            digest=record.digest,
+            method=record.method,
+            rank=record.rank,
+            num_bytes=record.num_bytes,
+            file_bytes=record.file_bytes,
+            num_virtual_tokens=record.num_virtual_tokens,
+            modules=record.modules,
+            created_at=alias.created_at,
+            updated_at=alias.updated_at,
+            num_requests=alias.num_requests,
+            last_used_at=alias.last_used_at,
+            residency=self._residency(record.digest),
+            num_running=self._leases[record.digest],
+        )
+
+    def flush(self, *, force: bool = True) -> None:
+        """Write the counts of requests to the registry."""
+        with self._lock:
+            now = time.time()
+            if not self._uncounted or not (force or now - self._flushed_at > _FLUSH_SECONDS):
+                return
+            counts = {n: c for n, c in self._uncounted.items() if n in self._aliases}
+            self._uncounted.clear()
+            self._flushed_at = now
+            self.store.count_requests(counts, now)
+            for name, count in counts.items():
+                alias = self._aliases[name]
+                self._aliases[name] = dataclasses.replace(
+                    alias, num_requests=alias.num_requests + count, last_used_at=now
+                )
+
+    def close(self) -> None:
+        """Write what is pending and close the store."""
+        self._validator.shutdown(wait=True, cancel_futures=True)
+        self.flush()
+        self.store.close()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless store, aliases and leases agree."""
+        with self._lock:
+            stored = {alias.name: alias.digest for alias in self.store.aliases()}
+            assert stored == {a.name: a.digest for a in self._aliases.values()}
+            assert all(count > 0 for count in self._leases.values())
+            assert set(self._records) == {*stored.values(), *self._leases}
+            self.store.check_integrity()
+
+
+def _refusal(exc: AdapterError) -> Unprocessable:
+    """The 422 for an adapter that peftcore refuses."""
+    match exc:
+        case CheckpointError(key=key):
+            return Unprocessable(f"weights: {exc}", param=key, code="invalid_adapter_weights")
+        case ConfigError(field=field):
+            return Unprocessable(f"config: {exc}", param=field, code="invalid_adapter_config")
+    return Unprocessable(str(exc), code="invalid_adapter")
+
+
+__all__ = ["AdapterInfo", "AdapterManager", "Lease"]

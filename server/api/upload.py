@@ -1,0 +1,120 @@
+"""An adapter's multipart upload, streamed to disk. Leaves nothing behind, however it ends.
+
+The parts are spooled to files that have no name in any folder, so that even a killed process leaves
+none; the size cap is `limits.BodyLimit`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any, cast
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from peftcore.config import MAX_CONFIG_BYTES
+from server.errors import BadRequest
+
+FIELDS = ("name", "config", "weights")
+
+#: The request body, for the OpenAPI description.
+UPLOAD_SCHEMA: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": list(FIELDS),
+                "properties": {
+                    "name": {"type": "string", "description": "what requests call it"},
+                    "config": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "PEFT's adapter_config.json",
+                    },
+                    "weights": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "PEFT's adapter_model.safetensors",
+                    },
+                },
+            }
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The three fields. `weights` is a path only as long as the upload is open."""
+
+    name: str
+    config: bytes
+    weights: Path
+
+
+@asynccontextmanager
+async def receive_upload(request: Request) -> AsyncIterator[Upload]:
+    """Read the whole body.
+
+    Raises:
+        BadRequest: not multipart, or a field is missing, repeated, unknown, or of the wrong kind.
+        ClientDisconnect: the body ended early.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise BadRequest(f"send multipart/form-data with the fields {', '.join(FIELDS)}")
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as exc:
+        raise BadRequest(f"the multipart body cannot be read: {exc.message}") from None
+    try:
+        parts = _by_name(form)
+        name = await _bytes_of(parts["name"], 1024)
+        config = await _bytes_of(parts["config"], MAX_CONFIG_BYTES + 1)
+        weights = parts["weights"]
+        if not isinstance(weights, UploadFile):
+            raise BadRequest("weights: must be sent as a file", param="weights")
+        yield Upload(
+            name.decode(errors="replace"), config, await run_in_threadpool(_path_of, weights)
+        )
+    finally:
+        await form.close()
+
+
+def _by_name(form: FormData) -> dict[str, UploadFile | str]:
+    parts: dict[str, UploadFile | str] = {}
+    for name, value in form.multi_items():
+        if name not in FIELDS:
+            raise BadRequest(f"{name[:200]}: no such field", param=name, code="unknown_parameter")
+        if name in parts:
+            raise BadRequest(f"{name}: sent twice", param=name)
+        parts[name] = value
+    for name in FIELDS:
+        if name not in parts:
+            raise BadRequest(
+                f"{name}: required, and not in the body or cut off",
+                param=name,
+                code="missing_required_parameter",
+            )
+    return parts
+
+
+async def _bytes_of(part: UploadFile | str, max_bytes: int) -> bytes:
+    return part.encode() if isinstance(part, str) else await part.read(max_bytes)
+
+
+def _path_of(part: UploadFile) -> Path:
+    """A path to the part's nameless file: its descriptor's, which opens it anew."""
+    file = cast("SpooledTemporaryFile[bytes]", part.file)
+    file.rollover()
+    file.flush()
+    return Path(f"/dev/fd/{file.fileno()}")

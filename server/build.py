@@ -1,0 +1,165 @@
+"""Put a runtime together from settings: model, pools, adapters, engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from peftcore.arena import AdapterArena
+from peftcore.base import BaseModel
+from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.packing import PackedAdapter
+from server.adapters.admission import load_packed
+from server.adapters.cache import AdapterCache, HostCache
+from server.adapters.manager import AdapterManager
+from server.adapters.store import AdapterStore, StoreError
+from server.engine.block_manager import BlockManager
+from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler
+from server.errors import ServerError
+from server.models.kv_pool import KVPool
+from server.models.loader import LoadedModel, load_model
+from server.models.sources import resolve_model
+from server.runtime import Runtime
+from server.settings import Settings
+from server.tokenization import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class SetupError(Exception):
+    """The settings cannot be carried out; the message names the flag."""
+
+
+def build_runtime(settings: Settings) -> Runtime:
+    """Resolve and load the model, open the store, size the pools. The engine is not started.
+
+    Raises:
+        ModelSourceError, UnservableModel: the model cannot be had, or not be served.
+        SetupError: a setting does not fit.
+    """
+    device = _device(settings)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    folder = resolve_model(settings.model)
+    loaded = load_model(folder.path, settings.quantization, device)
+    tokenizer = Tokenizer.from_folder(folder.path)
+    return assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError("--device cuda: torch finds no CUDA device")
+    return torch.device(settings.device)
+
+
+def assemble(
+    settings: Settings, loaded: LoadedModel, tokenizer: Tokenizer, base_name: str
+) -> Runtime:
+    """A runtime around a model in memory. Raises SetupError."""
+    block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, loaded.dtype)
+    num_blocks = settings.kv_memory // block_bytes
+    capacity = num_blocks * settings.block_size
+    max_model_len = min(settings.max_model_len or loaded.max_position_embeddings, capacity)
+    if settings.max_model_len is not None:
+        if settings.max_model_len > loaded.max_position_embeddings:
+            raise SetupError(
+                f"--max-model-len {settings.max_model_len}: the model was made for "
+                f"{loaded.max_position_embeddings} tokens"
+            )
+        if settings.max_model_len > capacity:
+            raise SetupError(
+                f"--kv-memory {settings.kv_memory} bytes hold {capacity} tokens, fewer than "
+                f"--max-model-len {settings.max_model_len}"
+            )
+    if capacity == 0:
+        raise SetupError(f"--kv-memory: at least one block of {block_bytes} bytes is needed")
+
+    pool = KVPool(
+        loaded.base.kv_shapes,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+    arena = AdapterArena(
+        settings.adapter_memory // loaded.dtype.itemsize, loaded.dtype, loaded.device
+    )
+    store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
+
+    def load(digest: str) -> PackedAdapter:
+        return load_packed(store.folder(digest), digest, loaded.base, loaded.dtype)
+
+    cache = AdapterCache(
+        arena,
+        HostCache(settings.adapter_host_memory),
+        load=load,
+        size_of=lambda digest: adapters.record(digest).num_bytes // loaded.dtype.itemsize,
+        wake=lambda: runtime.wake(),
+    )
+    adapters = AdapterManager(
+        store,
+        loaded.base,
+        base_name,
+        arena_bytes=arena.data.nbytes,
+        itemsize=loaded.dtype.itemsize,
+        residency=cache.residency,
+        forget=lambda digest: runtime.forget(digest),
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, settings.block_size),
+        cache,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+    )
+    engine = Engine(
+        scheduler,
+        ModelRunner(loaded, pool, cache.resident),
+        cache,
+        Sampler(loaded.eos_token_ids),
+        tokenizer,
+        loaded.eos_token_ids,
+    )
+    runtime = Runtime(
+        engine,
+        adapters,
+        tokenizer,
+        base_name=base_name,
+        max_model_len=max_model_len,
+        max_upload=settings.max_upload,
+        facts={
+            "model": base_name,
+            "quantization": loaded.quantization,
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "max_model_len": max_model_len,
+            "vocab_size": loaded.model.config.get_text_config().vocab_size,
+        },
+    )
+    return runtime
+
+
+def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore:
+    """The adapters of this base: one of another shape or name has a folder of its own."""
+    try:
+        return AdapterStore(data_dir / f"{base_name.replace('/', '--')}-{base.structure()[:12]}")
+    except StoreError as exc:
+        raise SetupError(f"--data-dir: {exc}") from exc
+
+
+def preload(runtime: Runtime, folder: Path) -> None:
+    """Register every adapter folder in `folder` by its name; one that is refused is reported."""
+    for path in sorted(p for p in folder.iterdir() if (p / CONFIG_NAME).is_file()):
+        try:
+            info, outcome = runtime.adapters.register(
+                path.name, (path / CONFIG_NAME).read_bytes(), path / WEIGHTS_NAME
+            )
+        except ServerError as exc:
+            raise SetupError(f"--preload {path}: {exc.message}") from exc
+        logger.info("adapter %s (%s) %s", info.name, info.method, outcome)

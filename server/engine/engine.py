@@ -1,0 +1,150 @@
+"""The engine: sequences in, text out, one step at a time. One thread owns it.
+
+`Engine.step` is the whole loop: take in loaded adapters, schedule, execute, sample, give out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from server.adapters.cache import AdapterCache
+from server.engine.block_manager import BlockManager
+from server.engine.model_runner import ModelRunner
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Batch, Scheduler
+from server.engine.sequence import FinishReason, SampledToken, Sequence
+from server.tokenization import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gives to one sequence.
+
+    `token` is None where the sequence ends without a new one; `error` says why it failed.
+    """
+
+    key: tuple[str, int]
+    text: str = ""
+    token: SampledToken | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+
+
+class Engine:
+    """Wires scheduler, runner, sampler, adapter cache and detokenizers."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        cache: AdapterCache,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        eos_token_ids: Seq[int],
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.cache = cache
+        self.sampler = sampler
+        self._tokenizer = tokenizer
+        self._eos = frozenset(eos_token_ids)
+        self._live: dict[tuple[str, int], tuple[Sequence, Detokenizer]] = {}
+        #: Prompt positions found in the cache, and prompt positions in all, since the start.
+        self.num_prefix_hit_tokens = 0
+        self.num_prompt_tokens = 0
+
+    @property
+    def blocks(self) -> BlockManager:
+        return self.scheduler.blocks
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Every sequence that is waiting or running."""
+        return [seq for seq, _ in self._live.values()]
+
+    def add(self, *sequences: Sequence) -> None:
+        """Queue sequences; their lengths have been checked."""
+        for seq in sequences:
+            self._live[seq.key] = (seq, self._tokenizer.detokenizer(seq.params.stop))
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """End a request's sequences without output."""
+        for key in [key for key in self._live if key[0] == request_id]:
+            self._end(self._live[key][0])
+
+    def step(self) -> list[StepOutput]:
+        """Run one step; empty where nothing could be scheduled (adapters are loading)."""
+        self.cache.poll()
+        batch = self.scheduler.schedule()
+        outputs = self._give_up(batch)
+        if not batch.chunks:
+            return outputs
+        logits = self.runner.execute(batch)
+        sampled = [chunk.seq for chunk in batch.chunks if chunk.samples]
+        for chunk in batch.chunks:
+            if chunk.seq.num_output_tokens == 0 and chunk.samples:
+                self.num_prompt_tokens += chunk.seq.prompt_len
+                self.num_prefix_hit_tokens += chunk.seq.num_cached
+        self.scheduler.computed(batch)
+        if sampled:
+            tokens = self.sampler.sample(logits, sampled)
+            outputs += [self._advance(s, t) for s, t in zip(sampled, tokens, strict=True)]
+        return outputs
+
+    def fail(self, error: Exception) -> list[StepOutput]:
+        """A step raised: end everything that was running, so that the next one starts clean."""
+        outputs = []
+        for seq in list(self.scheduler.running):
+            outputs.append(StepOutput(seq.key, error=error))
+            self._end(seq)
+        return outputs
+
+    def _give_up(self, batch: Batch) -> list[StepOutput]:
+        outputs = []
+        for seq in batch.failed:
+            outputs.append(StepOutput(seq.key, error=self.cache.error_of(seq)))
+            self._end(seq)
+        return outputs
+
+    def _advance(self, seq: Sequence, token: SampledToken) -> StepOutput:
+        """Append a sampled token; decide whether the sequence ends."""
+        params, detokenizer = seq.params, self._live[seq.key][1]
+        seq.token_ids.append(token.token_id)
+        num_output = seq.num_output_tokens
+        text = ""
+        reason: FinishReason | None = None
+        is_eos = token.token_id in self._eos and not params.ignore_eos
+        if is_eos or token.token_id in params.stop_token_ids:
+            reason = "stop"
+        else:
+            text = detokenizer.push(token.token_id, may_stop=num_output >= params.min_tokens)
+            if detokenizer.stopped:
+                reason = "stop"
+            elif num_output >= params.max_tokens or len(seq.token_ids) >= seq.max_len:
+                reason = "length"
+        if reason is not None:
+            text += detokenizer.finish()
+            self._end(seq)
+        cached = max(0, seq.num_cached - seq.num_virtual_tokens)
+        return StepOutput(seq.key, text, token, reason, cached)
+
+    def _end(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        self.sampler.forget(seq)
+        del self._live[seq.key]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every pool agrees with the live sequences."""
+        live = self.live
+        assert {id(s) for s in live} == {
+            id(s) for s in [*self.scheduler.running, *self.scheduler.waiting]
+        }, "queues and live sequences differ"
+        self.blocks.check_integrity(live)
+        self.cache.check_integrity(live)

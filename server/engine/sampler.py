@@ -1,0 +1,132 @@
+"""From logits to tokens, per row by its own request's parameters and random numbers.
+
+Logits are changed in this order: repetition, frequency and presence penalties; tokens that must not
+come yet; temperature; top_k; top_p; min_p. A row's draw depends on its seed, not on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import SampledToken, SamplingParams, Sequence, TokenLogprob
+
+
+class Sampler:
+    """Draws the next token of each sequence.
+
+    Args:
+        eos_token_ids: tokens that end a sequence, banned before `min_tokens`.
+    """
+
+    def __init__(self, eos_token_ids: Seq[int]) -> None:
+        self._eos = list(eos_token_ids)
+        self._generators: dict[tuple[str, int], torch.Generator] = {}
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop the sequence's random state."""
+        self._generators.pop(seq.key, None)
+
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
+        """One token a row.  logits: `[rows, vocab]`, one row for each of `sequences`."""
+        logits = logits.float()
+        raw = logits
+        if any(self._changes(seq) for seq in sequences):
+            logits = logits.clone()
+            for row, seq in zip(logits, sequences, strict=True):
+                self._change(row, seq)
+        tokens = logits.argmax(dim=-1)
+        drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature > 0]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            tokens[rows] = self._draw(logits[rows], [sequences[i] for i in drawn])
+        token_ids: list[int] = tokens.tolist()
+        return self._with_logprobs(raw, token_ids, sequences)
+
+    def _changes(self, seq: Sequence) -> bool:
+        p = seq.params
+        return bool(
+            p.repetition_penalty != 1
+            or p.presence_penalty
+            or p.frequency_penalty
+            or seq.num_output_tokens < p.min_tokens
+        )
+
+    def _change(self, logits: Tensor, seq: Sequence) -> None:
+        """Penalties and bans on one row `[vocab]`, in place."""
+        p = seq.params
+        output = seq.output_token_ids
+        if p.repetition_penalty != 1:
+            seen = torch.tensor(
+                sorted({*seq.prompt_token_ids, *output}), device=logits.device, dtype=torch.long
+            )
+            values = logits[seen]
+            penalty = p.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if output and (p.presence_penalty or p.frequency_penalty):
+            ids = torch.tensor(output, device=logits.device, dtype=torch.long)
+            seen, counts = torch.unique(ids, return_counts=True)
+            logits[seen] -= p.frequency_penalty * counts + p.presence_penalty
+        if seq.num_output_tokens < p.min_tokens:
+            logits[[*self._eos, *p.stop_token_ids]] = -torch.inf
+
+    def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+        """Sampled tokens `[rows]`: argmax of probability over exponential noise is a draw."""
+        params = [seq.params for seq in sequences]
+        logits = logits / self._column(logits, [p.temperature for p in params])
+        if any(p.top_k is not None or p.top_p < 1 for p in params):
+            logits = self._keep_top(logits, params)
+        probs = torch.softmax(logits, dim=-1)
+        if any(p.min_p > 0 for p in params):
+            floor = self._column(logits, [p.min_p for p in params]) * probs.amax(-1, keepdim=True)
+            probs = probs.masked_fill(probs < floor, 0)
+        noise = torch.empty_like(probs)
+        for row, seq in zip(noise, sequences, strict=True):
+            row.exponential_(generator=self._generator(seq, probs.device))
+        return (probs / noise).argmax(dim=-1)
+
+    @staticmethod
+    def _column(like: Tensor, values: Seq[float]) -> Tensor:
+        return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+
+    def _keep_top(self, logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+        """−inf outside each row's top_k and top_p; the likeliest token always stays."""
+        values, order = logits.sort(dim=-1, descending=True)
+        vocab = logits.shape[-1]
+        top_k = self._column(logits, [p.top_k or vocab for p in params])
+        top_p = self._column(logits, [p.top_p for p in params])
+        rank = torch.arange(vocab, device=logits.device)[None, :]
+        values = values.masked_fill(rank >= top_k, -torch.inf)
+        probs = torch.softmax(values, dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        values = values.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
+        return torch.empty_like(logits).scatter_(-1, order, values)
+
+    def _generator(self, seq: Sequence, device: torch.device) -> torch.Generator:
+        generator = self._generators.get(seq.key)
+        if generator is None:
+            generator = self._generators[seq.key] = torch.Generator(device)
+            if seq.params.seed is None:
+                generator.seed()
+            else:
+                # Choices of one request share its seed and differ by their index.
+                generator.manual_seed((seq.params.seed + seq.key[1]) % (1 << 63))
+        return generator
+
+    @staticmethod
+    def _with_logprobs(
+        raw: Tensor, token_ids: Seq[int], sequences: Seq[Sequence]
+    ) -> list[SampledToken]:
+        sampled = [SampledToken(token_id) for token_id in token_ids]
+        for i, seq in enumerate(sequences):
+            num_top = seq.params.logprobs
+            if num_top is None:
+                continue
+            logprobs = torch.log_softmax(raw[i], dim=-1)
+            values, ids = logprobs.topk(num_top)
+            top = [TokenLogprob(t, v) for t, v in zip(ids.tolist(), values.tolist(), strict=True)]
+            token_id = token_ids[i]
+            sampled[i] = SampledToken(token_id, float(logprobs[token_id]), top)
+        return sampled

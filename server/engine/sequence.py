@@ -1,0 +1,145 @@
+"""A request's life as the engine sees it. Imports no torch; knows nothing of HTTP or of text."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens of one sequence are chosen. Neutral values by default, greedy at temperature 0.
+
+    Attributes:
+        max_tokens: most tokens to generate.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: keeps the smallest set of tokens with this much probability together.
+        top_k: keeps this many tokens; None keeps all.
+        min_p: keeps tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt
+            or output (Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: subtracted once for each time a token is in the output.
+        seed: makes the sequence's draws repeatable; None draws a fresh one.
+        stop: strings that end the sequence; they are not part of its text.
+        stop_token_ids: tokens that end the sequence.
+        min_tokens: no stop before this many tokens.
+        ignore_eos: the model's end token does not stop the sequence.
+        logprobs: report log probabilities of the sampled token and of this many likeliest ones.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: Seq[str] = ()
+    stop_token_ids: Seq[int] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter of a request: its identity, and its weight in the mixture."""
+
+    digest: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of one token, under the model's own distribution (no temperature)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A sampled token, with log probabilities where the request asked for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top: Seq[TokenLogprob] = ()
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of one request: its tokens, its place in the KV cache, its adapters.
+
+    Positions count virtual tokens first: `token_ids` starts with `num_virtual_tokens` placeholders,
+    so a token's index is its position. Invariant: `num_cached <= num_computed <= len(token_ids)`.
+
+    Attributes:
+        key: (request id, choice index).
+        adapters: empty for the base; several for a mixture.
+        virtual_kv: the virtual positions' keys and values are given (prefix tuning), not computed.
+        num_computed: positions whose keys and values are in the cache.
+        block_table: the cache blocks of positions 0.., in order.
+    """
+
+    key: tuple[str, int]
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+    num_virtual_tokens: int = 0
+    virtual_kv: bool = False
+    max_len: int = 0
+
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    num_cached: int = 0
+    block_table: list[int] = field(default_factory=list)
+    #: Content hashes of the full blocks, as far as they are computed; owned by the block manager.
+    block_hashes: list[bytes] = field(default_factory=list)
+    #: Does the sequence hold a pin on its adapters?
+    pinned: bool = False
+    #: Later requests that were admitted while this one waited for adapter memory.
+    num_overtaken: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = [0] * self.num_virtual_tokens + self.prompt_token_ids
+        if not self.prompt_token_ids:
+            raise ValueError("a sequence needs at least one prompt token")
+
+    @property
+    def prompt_len(self) -> int:
+        """Virtual and prompt tokens."""
+        return self.num_virtual_tokens + len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def cache_seed(self) -> bytes:
+        """What keeps one adapter's cache blocks apart from another's: digests and weights."""
+        return "|".join(f"{use.digest}:{use.weight!r}" for use in self.adapters).encode()
+
+    def reset(self) -> None:
+        """Forget the cache (preemption); tokens stay and are computed again."""
+        self.num_computed = self.num_cached = 0
+        self.block_table = []
+        self.block_hashes = []
+        self.status = Status.WAITING

@@ -1,0 +1,87 @@
+"""From a model folder to a model that serves: loaded, quantized, probed, adapters attached."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from peftcore.base import BaseModel
+from peftcore.layers import AdapterHost, attach
+from peftcore.quant import Quantization, quantize_model
+from server.models.attention import NAME
+from server.models.probe import check_config, measure_kv_shapes, probe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A resident base model.
+
+    Attributes:
+        base: what adapters are compiled against.
+        host: where a step's adapters are set.
+        eos_token_ids: tokens that end a sequence, from the model's generation config.
+        max_position_embeddings: the longest context that the model was made for.
+    """
+
+    model: PreTrainedModel
+    base: BaseModel
+    host: AdapterHost
+    quantization: Quantization
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+
+
+def load_model(folder: Path, quantization: Quantization, device: torch.device) -> LoadedModel:
+    """Load a causal language model from a local folder.
+
+    Raises:
+        UnservableModel: the paged attention does not serve this architecture right.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return prepare_model(model, quantization, device)
+
+
+def prepare_model(
+    model: PreTrainedModel, quantization: Quantization, device: torch.device
+) -> LoadedModel:
+    """Make a model in memory ready to serve; changes it in place. Raises as `load_model`."""
+    check_config(model)
+    model.eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    quantize_model(model, quantization)
+    model.set_attn_implementation(NAME)
+    kv_shapes = measure_kv_shapes(model)
+    probe(model, kv_shapes)
+    base = BaseModel.from_model(model, kv_shapes)
+    host = attach(model, base)
+    config = model.config.get_text_config()
+    return LoadedModel(
+        model=model,
+        base=base,
+        host=host,
+        quantization=quantization,
+        dtype=next(model.parameters()).dtype,
+        device=device,
+        eos_token_ids=_eos_token_ids(model),
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = None
+    if model.generation_config is not None:
+        eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)

@@ -1,0 +1,77 @@
+"""The server's settings: flags, environment (`POLYPEFT_*`), defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field, PlainValidator, TypeAdapter
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _byte_size(value: object) -> int:
+    """A size as `512MiB`, `1GB` or a number of bytes."""
+    return int(TypeAdapter(ByteSize).validate_python(value))
+
+
+Size = Annotated[int, PlainValidator(_byte_size, json_schema_input_type=str)]
+
+
+def _size(text: str) -> int:
+    return _byte_size(text)
+
+
+class Settings(BaseSettings):
+    """Serve one base model and many adapters over an OpenAI-style HTTP API.
+
+    Sizes are written as 512MiB, 2GiB or in bytes. Every flag can also be set by the environment, as
+    POLYPEFT_MAX_NUM_SEQS.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="POLYPEFT_",
+        cli_prog_name="polypeft-serve",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        frozen=True,
+    )
+
+    model: str | None = Field(
+        None,
+        description="hub id, folder, GGUF file or pypi:PACKAGE; by default SmolLM2-135M-Instruct",
+    )
+    served_model_name: str | None = Field(
+        None, description="the base model's name in requests; by default the model's own"
+    )
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "int8", description="how the base model's linear layers are kept"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    num_threads: int | None = Field(
+        None, gt=0, description="threads that compute on a CPU; by default one a core"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    data_dir: Path = Field(
+        Path("~/.local/share/polypeft"), description="where uploaded adapters are kept"
+    )
+    preload: Path | None = Field(
+        None, description="register each adapter folder in this folder at start, by its name"
+    )
+    max_num_seqs: int = Field(32, gt=0, description="most sequences in one step")
+    max_num_batched_tokens: int = Field(
+        512, gt=0, description="most tokens in one step, prompts and decodes together"
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="longest context in tokens; by default the model's, if it fits"
+    )
+    block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
+    kv_memory: Size = Field(_size("1GiB"), description="memory of the KV cache")
+    adapter_memory: Size = Field(
+        _size("512MiB"), description="device memory that resident adapters share"
+    )
+    adapter_host_memory: Size = Field(
+        _size("512MiB"), description="host memory for adapters that are ready to be copied in"
+    )
+    max_upload: Size = Field(_size("256MiB"), description="largest upload of one adapter")

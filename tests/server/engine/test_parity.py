@@ -1,0 +1,157 @@
+"""Every request of a mixed batch computes what HF peft computes for its adapter alone."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.adapters.manager import Lease
+from server.engine.engine import Engine
+from server.engine.scheduler import Batch
+from server.engine.sequence import SamplingParams, Sequence
+from server.runtime import Runtime
+from tests import tiny
+
+TOLERANCE = 1e-4
+
+
+class Recorder:
+    """Drives an engine by hand and keeps the logits of every sampled token."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.engine: Engine = runtime.engine
+        self.logits: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        self.batches: list[Batch] = []
+        execute = self.engine.runner.execute
+
+        def recording(batch: Batch) -> Tensor:
+            logits = execute(batch)
+            sampled = [chunk.seq.key for chunk in batch.chunks if chunk.samples]
+            for key, row in zip(sampled, logits, strict=True):
+                self.logits[key].append(row.clone())
+            self.batches.append(batch)
+            return logits
+
+        self.engine.runner.execute = recording  # type: ignore[method-assign]
+
+    def add(self, name: str, prompt: list[int], lease: Lease, max_tokens: int = 8) -> Sequence:
+        seq = Sequence(
+            (name, 0), prompt,
+            SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+            adapters=lease.uses, num_virtual_tokens=lease.num_virtual_tokens,
+            virtual_kv=lease.virtual_kv, max_len=self.runtime.max_model_len,
+        )  # fmt: skip
+        self.engine.add(seq)
+        return seq
+
+    def run(self, num_steps: int = 2000) -> None:
+        for _ in range(num_steps):
+            if not self.engine.has_work:
+                return
+            self.engine.step()
+        raise AssertionError("the engine did not finish")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A model, and every method's adapter registered under its name."""
+    model = getattr(tiny, request.param)()
+    folder = tmp_path_factory.mktemp(request.param)
+    runtime = tiny.runtime(model, folder / "data", max_num_batched_tokens=48, max_num_seqs=40)
+    paths: dict[str, Path] = {}
+    configs = tiny.peft_configs(model.config.model_type)
+    for seed, (name, config) in enumerate(configs.items()):
+        paths[name] = tiny.save_random_adapter(model, config, folder / name, seed)
+        runtime.adapters.register(
+            name,
+            (paths[name] / "adapter_config.json").read_bytes(),
+            paths[name] / "adapter_model.safetensors",
+        )
+    yield model, runtime, paths
+    runtime.close()
+
+
+def prompts(seed: int, n: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randint(2, 70))] for _ in range(n)]
+
+
+def compare(recorder: Recorder, seq: Sequence, oracle: tiny.PeftOracle) -> float:
+    """Teacher-forced logits of peft at every sampled position against the engine's."""
+    tokens = [*seq.prompt_token_ids, *seq.output_token_ids]
+    expected = oracle.logits(tokens)[len(seq.prompt_token_ids) - 1 : -1]
+    actual = torch.stack(recorder.logits[seq.key])
+    assert actual.shape == expected.shape
+    assert seq.output_token_ids == expected.argmax(-1).tolist(), f"{seq.key}: greedy tokens differ"
+    return float((expected - actual).abs().max())
+
+
+def test_mixed_batch_equals_peft_alone(world) -> None:
+    """All methods, base rows and mixtures at once; prompts chunked; two rounds, the second of which
+    finds prefixes of the first in the cache."""
+    model, runtime, paths = world
+    recorder = Recorder(runtime)
+    mixture = [("lora-r4", 0.75), ("lora-r8-all", 0.5), ("lora-r16-rslora", -0.5)]
+    requests = [(name, [(name, 1.0)]) for name in paths]
+    requests += [("tiny", []), ("mixture", mixture), ("half", [("lora_bias", 0.5)])]
+    errors = {}
+    for round_ in range(2):
+        sequences = []
+        for (label, parts), prompt in zip(requests, prompts(1, len(requests)), strict=True):
+            if label in ("mixture", "half"):
+                lease = runtime.adapters.lease("tiny", parts)
+            else:
+                lease = runtime.adapters.lease(label)
+            with lease:
+                prompt = prompt + [7] * round_
+                sequences.append((recorder.add(f"{label}-{round_}", prompt, lease), parts))
+                if len(sequences) % 3 == 0:
+                    recorder.engine.step()  # arrivals while others decode
+        recorder.run()
+        for seq, parts in sequences:
+            oracle = tiny.PeftOracle(model, [(paths[name], weight) for name, weight in parts])
+            errors[seq.key[0]] = compare(recorder, seq, oracle)
+            if round_ and len(seq.prompt_token_ids) > 9:
+                assert seq.num_cached >= 8, f"{seq.key}: no shared prefix"
+    assert max(errors.values()) <= TOLERANCE, errors
+    mixed = max(recorder.batches, key=lambda b: len({c.seq.cache_seed for c in b.chunks}))
+    assert len({c.seq.cache_seed for c in mixed.chunks}) >= 10
+    assert any(c.num_tokens > 1 and not c.samples for b in recorder.batches for c in b.chunks)
+    runtime.check_integrity()
+
+
+def test_methods_differ_from_base(world) -> None:
+    """The oracle itself must not be the base: every adapter moves the logits."""
+    model, _, paths = world
+    prompt = prompts(5, 1)[0]
+    base = tiny.PeftOracle(model).logits(prompt)
+    for name, path in paths.items():
+        moved = (tiny.PeftOracle(model, [(path, 1.0)]).logits(prompt) - base).abs().max()
+        assert moved > 0.05, name
+
+
+def test_a_row_does_not_depend_on_its_neighbours(world) -> None:
+    """Alone, and in a batch of 16 others."""
+    _, runtime, paths = world
+    for name in ["tiny", *paths]:
+        prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+        rows = []
+        for num_others in (0, 16):
+            recorder = Recorder(runtime)
+            with runtime.adapters.lease(name) as lease:
+                seq = recorder.add(f"alone-{name}-{num_others}", prompt, lease, max_tokens=4)
+            labels = [*paths, "tiny"]
+            for i, other in enumerate(prompts(2, num_others)):
+                with runtime.adapters.lease(labels[i % len(labels)]) as lease:
+                    recorder.add(f"other-{i}", other, lease, max_tokens=4)
+            recorder.run()
+            rows.append((seq.output_token_ids, torch.stack(recorder.logits[seq.key])))
+        assert rows[0][0] == rows[1][0]
+        torch.testing.assert_close(rows[0][1], rows[1][1], atol=2e-5, rtol=0)
