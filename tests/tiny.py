@@ -205,3 +205,10 @@ class PeftOracle:
             ids = torch.tensor([list(token_ids)])
             out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
         return out.logits[0, -len(token_ids) :]
+
+    def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """The likeliest continuation, one full forward pass a token."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]

@@ -6,6 +6,7 @@ Knows files, templates and tokenizers; nothing of adapters.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 import re
@@ -133,7 +134,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     text = path.read_bytes().decode("utf-8-sig")
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -162,7 +162,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.to(dtype).cpu().contiguous() for k, v in adapter.tensors().items()}
     scratch = folder / f"{WEIGHTS_NAME}.partial"
-    save_file(tensors, scratch, metadata={"format": "pt"})
+    scratch.write_bytes(save(tensors, metadata={"format": "pt"}))
     scratch.replace(folder / WEIGHTS_NAME)
     dataclasses.replace(adapter.config, inference_mode=True).save_pretrained(folder)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ from peftcore.methods import (
     PromptTuningConfig,
 )
 from peftcore.methods.prefix_tuning import PrefixAdapter
-from peftcore.methods.training import TrainableAdapter
+from peftcore.methods.training import LayerAdapter, TrainableAdapter
 from peftcore.program import PrefixKV, compile_adapter
 from peftcore.train import (
     DataError,
@@ -195,8 +195,7 @@ def trained(
 ) -> TrainableAdapter:
     """An adapter of a method after a few steps, so that nothing is at its initial value."""
     torch.manual_seed(1)
-    config = METHODS[name][0]()
-    config.task_type = "CAUSAL_LM"
+    config = dataclasses.replace(METHODS[name][0](), task_type="CAUSAL_LM")
     adapter = new_adapter(model, tokenizer, config)
     sequences = [tokenize(e, tokenizer) for e in load_examples(recipe.data)]
     assert len(list(fit(adapter, sequences, recipe))) == recipe.steps
@@ -331,9 +330,8 @@ def test_base_weights_stay(
 
 def test_dora_gradients_are_pefts(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(2)
-    config = METHODS["dora"][0]()
-    config.init_lora_weights = False  # B is not zero: the row norms differ from the magnitudes
-    adapter = new_adapter(load(folder), tokenizer, config)
+    adapter = new_adapter(load(folder), tokenizer, METHODS["dora"][0]())
+    assert isinstance(adapter, LayerAdapter)
     theirs = with_peft(load(folder), METHODS["dora"][1]())
     parameters = peft_names(adapter, theirs)
     own = {
@@ -344,6 +342,7 @@ def test_dora_gradients_are_pefts(folder: Path, tokenizer: PreTrainedTokenizerFa
     ids = torch.tensor([tokenizer("hello there")["input_ids"]])
     with torch.no_grad():
         for key, parameter in parameters.items():
+            own[key].add_(torch.rand_like(own[key]))  # the magnitudes are then not the row norms
             parameter.copy_(own[key])
     theirs(input_ids=ids).logits.square().mean().backward()
     adapter(ids, torch.ones_like(ids), torch.arange(ids.shape[1])).square().mean().backward()
@@ -440,9 +439,10 @@ def test_every_bad_line_is_listed(tmp_path: Path) -> None:
 
 def test_templates_fill_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text('title,n,text\n"One, two",7,"a\nb"\n')
+    path.write_text('title,n,text\n"One, two",7,"a\nb"\nx\u2028y,8,c\n')
     assert load_examples(path, "Say {title} ({n}) {not one}", "{text}") == [
-        Example("Say One, two (7) {not one}", "a\nb", 2)
+        Example("Say One, two (7) {not one}", "a\nb", 2),
+        Example("Say x\u2028y (8) {not one}", "c", 4),
     ]
 
 
@@ -539,14 +539,14 @@ def test_interrupt_leaves_a_usable_adapter(folder: Path, rows: Path, tmp_path: P
     command += [f"--output={output}", "--method=LORA", "--steps=1000000"]
     root = Path(__file__).parents[2]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=root, text=True
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=root
     ) as process:
         assert process.stderr is not None
-        while "loss=" not in (
-            seen := process.stderr.read(1) + os.read(process.stderr.fileno(), 4096).decode()
-        ):
-            assert seen, "ended before its first step"
-        time.sleep(0.1)
+        seen = b""
+        while b"loss=" not in seen:
+            chunk = os.read(process.stderr.fileno(), 4096)
+            assert chunk, f"ended before its first step: {seen!r}"
+            seen += chunk
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 130

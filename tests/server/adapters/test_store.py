@@ -359,7 +359,8 @@ print(limit)
 @pytest.mark.parametrize("scenario", ["put", "repair", "flip", "delete"])
 def test_killed_at_every_step(tmp_path: Path, scenario: str) -> None:
     """A process killed at any step leaves a store that opens clean and lost nothing."""
-    command = [sys.executable, "-c", CRASH_SCRIPT, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run([*command, scenario], capture_output=True, text=True, check=False)
+    here = Path(__file__)
+    command = [sys.executable, "-c", CRASH_SCRIPT, str(here.parent), str(tmp_path), scenario]
+    done = subprocess.run(command, cwd=here.parents[3], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 3, "the scenario was killed at several steps"
