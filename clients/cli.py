@@ -103,7 +103,13 @@ def push(
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with _errors_to_exit():
         size = (folder / WEIGHTS_NAME).stat().st_size
-        with Progress(*columns, TransferSpeedColumn(), console=err, transient=True) as progress:
+        with Progress(
+            *columns,
+            TransferSpeedColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        ) as progress:
             task = progress.add_task(name, total=size)
             adapter = client.adapters.push(name, folder, lambda n: progress.advance(task, n))
     what = f"{adapter.method}, rank {adapter.rank}" if adapter.rank else adapter.method

@@ -1,11 +1,10 @@
 """Make the training rows of an example from its data set's original file.
 
-    python examples/prepare.py {gsm8k,shakespeare,text2sql} ORIGINAL_FILE ROWS.jsonl
+    python examples/prepare.py {gsm8k,sst2,text2sql} ORIGINAL_FILE ROWS.jsonl
 
 E2E needs no preparation. Held-out rows come last, where a recipe's `eval_rows` takes them.
 """
 
-import itertools
 import json
 import re
 import sys
@@ -22,16 +21,11 @@ def gsm8k(text: str) -> Iterator[Row]:
         yield row["question"], re.sub(r"<<.*?>>", "", row["answer"])
 
 
-def shakespeare(text: str) -> Iterator[Row]:
-    """Each speech as the answer to the speech before it, where both are of a middling length."""
-    speeches = []
-    for block in text.split("\n\n"):
-        speaker, _, speech = block.strip().partition("\n")
-        if speaker.endswith(":"):
-            speeches.append(" ".join(speech.split("\n")))
-    for before, speech in itertools.pairwise(speeches):
-        if 20 <= len(before) <= 160 and 60 <= len(speech) <= 320:
-            yield before, speech
+def sst2(text: str) -> Iterator[Row]:
+    """Film review sentences and the word for their label, 0 or 1."""
+    for line in text.splitlines():
+        sentence, label = line.split("\t")
+        yield sentence, ("negative", "positive")[int(label)]
 
 
 def text2sql(text: str) -> Iterator[Row]:
@@ -54,7 +48,7 @@ def text2sql(text: str) -> Iterator[Row]:
 
 
 def main() -> None:
-    kinds = {"gsm8k": gsm8k, "shakespeare": shakespeare, "text2sql": text2sql}
+    kinds = {"gsm8k": gsm8k, "sst2": sst2, "text2sql": text2sql}
     if len(sys.argv) != 4 or sys.argv[1] not in kinds:
         sys.exit(__doc__)
     rows = list(kinds[sys.argv[1]](Path(sys.argv[2]).read_text(encoding="utf-8")))

@@ -49,6 +49,7 @@ class AdapterArena:
 
     def allocate(self, num_elements: int) -> int | None:
         """Take a range; returns its offset, or None where no gap is large enough."""
+        assert num_elements > 0, "an empty range would share its offset with another"
         need = aligned(num_elements)
         end = 0
         for start in [*self._starts, self.num_elements]:

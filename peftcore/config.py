@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,10 +33,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 #: Longest JSON text of a config that is read, in bytes.
 MAX_CONFIG_BYTES = 1 << 20
 
-#: A pattern comes from a client: matching it may not take longer than this, in seconds.
-PATTERN_TIMEOUT = 0.5
+#: Patterns come from a client: all those of one adapter may take this long together, in seconds
+#: of this thread's processor time.
+PATTERN_SECONDS = 5.0
 
-strict = ConfigDict(strict=True, extra="forbid", validate_assignment=False)
+#: Longest pattern that is compiled, in characters.
+MAX_PATTERN_LEN = 1 << 14
+
+strict = ConfigDict(strict=True, extra="forbid", validate_assignment=False, allow_inf_nan=False)
 
 
 @dataclass(config=strict, kw_only=True)
@@ -88,9 +94,17 @@ class AdapterConfig(ABC):
         return dict(sorted(values.items()))
 
     def canonical(self) -> dict[str, Any]:
-        """The part of the config that decides what is computed: what a digest covers."""
+        """The part of the config that decides what is computed: what a digest covers.
+
+        A list holds alternatives, in whatever order PEFT wrote its set. A mapping holds patterns
+        of which the first match wins: its order counts.
+        """
         skip = self._inert | self.training_only
-        return {k: v for k, v in self.to_dict().items() if k not in skip}
+        return {
+            k: sorted(set(v)) if isinstance(v, list) else v
+            for k, v in self.to_dict().items()
+            if k not in skip
+        }
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`."""
@@ -188,8 +202,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> AdapterConfig:
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             raise cause from None
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise ConfigError(where, first["msg"]) from None
+        field, *inner = [str(part) for part in first["loc"]] or ["config"]
+        where = f" (at {'.'.join(inner)})" if inner else ""
+        raise ConfigError(field, first["msg"] + where) from None
 
 
 def config_from_json(text: str | bytes) -> AdapterConfig:
@@ -197,7 +212,8 @@ def config_from_json(text: str | bytes) -> AdapterConfig:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError("config", f"{len(text)} bytes, over the limit of {MAX_CONFIG_BYTES}")
     try:
-        raw = json.loads(text)
+        raw = json.loads(text, object_pairs_hook=_without_duplicates)
+        json.dumps(raw, ensure_ascii=False).encode()  # names in it end up in answers: no surrogates
     except (ValueError, RecursionError) as exc:
         raise ConfigError("config", f"not valid JSON: {exc}") from None
     if not isinstance(raw, dict):
@@ -205,11 +221,57 @@ def config_from_json(text: str | bytes) -> AdapterConfig:
     return config_from_dict(raw)
 
 
-def fullmatch(pattern: str, text: str, field: str) -> bool:
-    """`re.fullmatch` for a pattern that a client sent: bounded in time, errors name `field`."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} is given twice")
+        values[key] = value
+    return values
+
+
+class PatternMatcher:
+    """Matches the regular expressions of one adapter's config.
+
+    They come from a client: what they take together is bounded, and they are forgotten with this
+    object.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._seconds_left = PATTERN_SECONDS
+
+    def fullmatch(self, pattern: str, text: str, field: str) -> regex.Match[str] | None:
+        """`re.fullmatch`.
+
+        Raises:
+            ConfigError: `pattern`, which `field` holds, is not valid, or the time is up.
+        """
+        started = time.thread_time()
+        compiled = self._compiled.get(pattern)
+        if compiled is None:
+            compiled = self._compiled[pattern] = _compile(pattern, field)
+        try:
+            match = compiled.fullmatch(text, timeout=self._seconds_left)
+        except TimeoutError:
+            raise ConfigError(field, f"the pattern {pattern!r} takes too long to match") from None
+        self._seconds_left -= time.thread_time() - started
+        if self._seconds_left <= 0:
+            raise ConfigError(field, "the patterns of this config take too long to match")
+        return match
+
+
+def _compile(pattern: str, field: str) -> regex.Pattern[str]:
+    """A pattern for `re`, as PEFT's are, compiled for `regex`, which can time out.
+
+    What only `regex` knows is refused: its recursive patterns take memory without bound.
+    """
+    if len(pattern) > MAX_PATTERN_LEN:
+        raise ConfigError(field, f"a pattern is over {MAX_PATTERN_LEN} characters long")
     try:
-        return regex.fullmatch(pattern, text, timeout=PATTERN_TIMEOUT) is not None
-    except TimeoutError:
-        raise ConfigError(field, f"the pattern {pattern!r} takes too long to match") from None
-    except regex.error as exc:
+        re.compile(pattern)
+        return regex.compile(pattern, cache_pattern=False)
+    except (re.error, regex.error, OverflowError) as exc:
         raise ConfigError(field, f"{pattern!r} is not a valid regular expression: {exc}") from None
+    except RecursionError:
+        raise ConfigError(field, "a pattern is nested too deeply") from None

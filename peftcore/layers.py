@@ -73,7 +73,8 @@ class AdapterModule(nn.Module):
         self._host = host
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: `[1, rows, in]`; returns `[1, rows, out]`."""
+        """x: `[1, rows, in]`, or from a model that folds its batch `[rows, in]`; returns the same
+        with `out`."""
         batch = self._host.batch
         segments = batch.outputs if self.is_output else batch.tokens
         low_rank: list[LowRankPart] = []
@@ -97,15 +98,20 @@ class AdapterModule(nn.Module):
         ops = select(x.device)
         if input_scales:
             x = x.clone()
-            ops.scale_(x[0], input_scales)
+            ops.scale_(_rows(x), input_scales)
         y: Tensor = self.base(x)
         if low_rank:
-            ops.add_low_rank_(y[0], x[0], low_rank)
+            ops.add_low_rank_(_rows(y), _rows(x), low_rank)
         if output_scales:
-            ops.scale_(y[0], output_scales)
+            ops.scale_(_rows(y), output_scales)
         if biases:
-            ops.add_(y[0], biases)
+            ops.add_(_rows(y), biases)
         return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as `[rows, features]`, sharing its memory."""
+    return x.view(-1, x.shape[-1])
 
 
 class AdapterEmbedding(nn.Module):

@@ -159,7 +159,7 @@ def digest_of(config: AdapterConfig, tensors: TensorReader) -> str:
     """SHA-256 over the canonical config and every tensor's name, dtype, shape and bytes, as hex."""
     digest = hashlib.sha256()
     canonical = {"peft_type": config.peft_type, **config.canonical()}
-    digest.update(json.dumps(canonical, sort_keys=True).encode())
+    digest.update(json.dumps(canonical).encode())
     for key in sorted(tensors.keys()):
         tensor = tensors.peek(key)
         digest.update(f"\0{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
@@ -202,16 +202,23 @@ def compile_adapter(
     )
 
 
+#: Largest weight of an adapter in a mixture: no factor made of it overflows.
+MAX_WEIGHT = 1e3
+
+
 def check_mixture(adds: Sequence[tuple[str, bool, str]], weights: Sequence[float]) -> None:
-    """Refuse a mixture that has no exact sum.
+    """Refuse a mixture that has no exact sum, or not a finite one.
 
     Args:
         adds: per adapter its name, `AdapterProgram.adds` and its method.
         weights: per adapter its weight.
 
     Raises:
-        MixtureError: one does not add, and is not alone with weight 1.
+        MixtureError: one does not add, and is not alone with weight 1; or a weight is too large.
     """
+    for weight in weights:
+        if not abs(weight) <= MAX_WEIGHT:
+            raise MixtureError(f"adapters: weight {weight} is not within ±{MAX_WEIGHT:g}")
     if len(adds) == 1 and weights[0] == 1.0:
         return
     for name, adds_up, method in adds:

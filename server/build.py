@@ -100,7 +100,7 @@ def assemble(
         arena,
         HostCache(settings.adapter_host_memory),
         load=load,
-        size_of=lambda digest: adapters.record(digest).num_bytes // loaded.dtype.itemsize,
+        size_of=lambda digest: adapters.record(digest).num_elements,
         wake=lambda: runtime.wake(),
     )
     adapters = AdapterManager(

@@ -14,11 +14,8 @@ def _byte_size(value: object) -> int:
     return int(TypeAdapter(ByteSize).validate_python(value))
 
 
+#: Bytes; defaults are written as a user would write them.
 Size = Annotated[int, PlainValidator(_byte_size, json_schema_input_type=str)]
-
-
-def _size(text: str) -> int:
-    return _byte_size(text)
 
 
 class Settings(BaseSettings):
@@ -67,11 +64,15 @@ class Settings(BaseSettings):
         None, gt=0, description="longest context in tokens; by default the model's, if it fits"
     )
     block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
-    kv_memory: Size = Field(_size("1GiB"), description="memory of the KV cache")
-    adapter_memory: Size = Field(
-        _size("512MiB"), description="device memory that resident adapters share"
+    kv_memory: Size = Field(  # type: ignore[assignment]
+        "1GiB", description="memory of the KV cache"
     )
-    adapter_host_memory: Size = Field(
-        _size("512MiB"), description="host memory for adapters that are ready to be copied in"
+    adapter_memory: Size = Field(  # type: ignore[assignment]
+        "512MiB", description="device memory that resident adapters share"
     )
-    max_upload: Size = Field(_size("256MiB"), description="largest upload of one adapter")
+    adapter_host_memory: Size = Field(  # type: ignore[assignment]
+        "512MiB", description="host memory for adapters that are ready to be copied in"
+    )
+    max_upload: Size = Field(  # type: ignore[assignment]
+        "256MiB", description="largest upload of one adapter"
+    )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.errors import BadRequest
+
+#: What decoding makes of bytes that are no whole character.
+_UNFINISHED = "\ufffd"
+#: Most tokens of a prompt's end that are looked through for whole characters.
+_MAX_TAIL = 16
 
 
 class Tokenizer:
@@ -19,6 +23,8 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -61,37 +67,63 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, special or not."""
         return str(self._tokenizer.decode([token_id]))
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """A fresh incremental detokenizer for one sequence."""
-        return Detokenizer(self._tokenizer, stop)
+    def detokenizer(
+        self, prompt_token_ids: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> Detokenizer:
+        """A fresh incremental detokenizer for what follows a prompt."""
+        return Detokenizer(self.decode, self._special, self._tail(prompt_token_ids), stop)
+
+    def _tail(self, token_ids: Sequence[int]) -> list[int]:
+        """The shortest end of a prompt that has text, all of it whole characters; or nothing."""
+        for n in range(1, min(len(token_ids), _MAX_TAIL) + 1):
+            text = self.decode(token_ids[-n:])
+            if text and _UNFINISHED not in text:
+                return list(token_ids[-n:])
+        return []
 
 
 class Detokenizer:
-    """The text of one growing sequence, given out as soon as it is certain.
+    """The text of one growing sequence, given out as soon as it is certain, and never taken back.
 
     Text that may yet turn out to begin a stop string is held back, as are bytes of an unfinished
-    character.
+    character. What a token says depends on those before it (decoders drop the first space, and join
+    bytes), so new tokens are decoded behind some whose text is known, and that text is cut off.
+
+    Args:
+        decode: the text of token ids; special ones have none.
+        special: token ids without text.
+        tail: the end of the prompt.
+        stop: strings that end the sequence.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        special: frozenset[int],
+        tail: Sequence[int],
+        stop: Sequence[str],
+    ) -> None:
+        self._decode = decode
+        self._special = special
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        # Invariant: the text of `_ids` begins with `_known`, which was taken; the first
+        # `_num_context` of them end with a whole character and say no more than that.
+        self._ids = list(tail)
+        self._num_context = len(self._ids)
+        self._known = decode(self._ids)
         self._decoded = ""  # all text so far
         self._given = 0  # characters of it that were given out
         self.stopped = False
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Add a token; returns new text, and sets `stopped` when a stop string is complete."""
-        self._ids.append(token_id)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
+        piece = "" if token_id in self._special else self._take(token_id)
         if not piece:
             return ""
         # A stop string may begin in text already decoded and held back, never before it.
@@ -108,10 +140,26 @@ class Detokenizer:
     def finish(self) -> str:
         """The text that was held back, once no token follows."""
         if not self.stopped:
-            whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-            if whole.startswith(self._decoded):
-                self._decoded = whole
+            self._decoded += self._decode(self._ids)[len(self._known) :]
         return self._give(len(self._decoded))
+
+    def _take(self, token_id: int) -> str:
+        """The whole characters that a token adds."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if not text.startswith(self._known):
+            # Bytes that fit no character spoil those joined to them: decode the new ones alone.
+            self._ids, self._num_context, self._known = self._ids[self._num_context :], 0, ""
+            text = self._decode(self._ids)
+        whole = text.rstrip(_UNFINISHED)
+        piece = whole[len(self._known) :]
+        if piece and whole == text:
+            self._ids = self._ids[self._num_context :]
+            self._num_context = len(self._ids)
+            self._known = self._decode(self._ids)
+        elif piece:
+            self._known = whole
+        return piece
 
     def _give(self, end: int) -> str:
         text = self._decoded[self._given : end]

@@ -31,6 +31,8 @@ from server.runtime import Runtime
 from server.settings import Settings
 from server.tokenization import Tokenizer
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 VOCAB = 300
 EOS = 256
 
@@ -161,9 +163,13 @@ def peft_configs(model_type: str) -> dict[str, peft.PeftConfig]:
 
 
 def save_random_adapter(
-    model: PreTrainedModel, config: peft.PeftConfig, folder: Path, seed: int = 0, scale: float = 0.2
+    model: PreTrainedModel,
+    config: peft.PeftConfig,
+    folder: Path,
+    seed: int = 0,
+    scale: float = 0.2,
 ) -> Path:
-    """An adapter by peft with random weights that matter, saved by peft."""
+    """An adapter by peft with random weights that matter (noise of `scale`), saved by peft."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

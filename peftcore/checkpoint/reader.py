@@ -25,7 +25,8 @@ PREFIX = "base_model.model."
 class TensorReader:
     """The checked tensors of an adapter, by key."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], *, check_values: bool = True) -> None:
+        """`check_values=False` is for a file whose values were found finite before."""
         for key, tensor in tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise CheckpointError(
@@ -33,13 +34,13 @@ class TensorReader:
                 )
             if tensor.numel() == 0:
                 raise CheckpointError(key, f"the tensor is empty: shape {tuple(tensor.shape)}")
-            if not bool(torch.isfinite(tensor).all()):
+            if check_values and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(key, "the tensor holds values that are not finite (NaN, inf)")
         self._tensors = dict(tensors)
         self._taken: set[str] = set()
 
     @classmethod
-    def from_file(cls, path: str | Path) -> TensorReader:
+    def from_file(cls, path: str | Path, *, check_values: bool = True) -> TensorReader:
         """Read a safetensors file.
 
         Raises:
@@ -54,7 +55,7 @@ class TensorReader:
             raise CheckpointError("weights", f"not a readable safetensors file: {exc}") from None
         if not tensors:
             raise CheckpointError("weights", "the file holds no tensor")
-        return cls(tensors)
+        return cls(tensors, check_values=check_values)
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -86,6 +87,7 @@ class TensorReader:
                 f"shape {list(tensor.shape)}, but the config and the base model imply "
                 f"{list(shape)}",
             )
+        assert key not in self._taken, f"{key} is taken twice"
         self._taken.add(key)
         return tensor.to(torch.float32)
 

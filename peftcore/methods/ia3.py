@@ -15,9 +15,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from peftcore.checkpoint.reader import PREFIX, TensorReader
-from peftcore.config import AdapterConfig, register, strict
+from peftcore.config import AdapterConfig, PatternMatcher, register, strict
 from peftcore.errors import ConfigError
-from peftcore.methods.targets import IA3_TARGETS, matches, resolve_targets
+from peftcore.methods.targets import IA3_TARGETS, resolve_targets
 from peftcore.methods.training import AdapterLayer, LayerAdapter
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ class IA3Config(AdapterConfig):
     def targets(self, base: BaseModel) -> list[tuple[BaseModule, bool]]:
         """The modules of `base` that are rescaled, each with: is it feed-forward?"""
         target_modules, feedforward = self._patterns(base)
+        matcher = PatternMatcher()
         found = resolve_targets(
-            base, target_modules=target_modules, exclude_modules=self.exclude_modules
+            base, matcher, target_modules=target_modules, exclude_modules=self.exclude_modules
         )
-        return [(m, self._is_feedforward(m.path, feedforward or [])) for m in found]
+        return [(m, self._is_feedforward(m.path, feedforward or [], matcher)) for m in found]
 
     def _patterns(self, base: BaseModel) -> tuple[list[str] | str | None, list[str] | str | None]:
         """`target_modules` and `feedforward_modules`, PEFT's defaults where neither is set."""
@@ -66,11 +67,11 @@ class IA3Config(AdapterConfig):
         return IA3_TARGETS.get(base.model_type, (None, None))
 
     @staticmethod
-    def _is_feedforward(path: str, patterns: list[str] | str) -> bool:
+    def _is_feedforward(path: str, patterns: list[str] | str, matcher: PatternMatcher) -> bool:
         if isinstance(patterns, str):
-            return matches(path, patterns, "feedforward_modules")
+            return matcher.fullmatch(patterns, path, "feedforward_modules") is not None
         # PEFT matches these by a bare ending, not by whole path segments.
-        return any(path.endswith(name) for name in patterns)
+        return path.endswith(tuple(patterns))
 
     def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
         from peftcore.program import InputScale, OutputScale

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from peftcore.checkpoint.reader import PREFIX, TensorReader
-from peftcore.config import AdapterConfig, register, strict
+from peftcore.config import AdapterConfig, PatternMatcher, register, strict
 from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
 from peftcore.methods.targets import LORA_TARGETS, lookup_pattern, resolve_targets
 from peftcore.methods.training import AdapterLayer, LayerAdapter
@@ -32,6 +32,18 @@ if TYPE_CHECKING:
 
 #: Initializations that leave the base model's weights as they are.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+# Far beyond any in use, and small enough that no factor made of them overflows.
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class LoraTarget(NamedTuple):
+    """A module that gets an update, of rank `rank` and with the factor `scale`."""
+
+    module: BaseModule
+    rank: int
+    scale: float
 
 
 @register
@@ -53,27 +65,27 @@ class LoraConfig(AdapterConfig):
     )
     refused: ClassVar[dict[str, str]] = {
         "modules_to_save": "full copies of modules are not served yet: train without it",
-        "trainable_token_indices": "row overrides of embeddings are not served yet",
-        "target_parameters": "parameters of expert blocks are not served yet",
+        "trainable_token_indices": "row overrides of embeddings are not served yet: train without",
+        "target_parameters": "parameters of expert blocks are not served yet: target modules",
         "layer_replication": "it changes the base model's depth: serve that model as a base",
         "loftq_config": "LoftQ changes the base weights: convert the adapter to plain LoRA",
         "corda_config": "CorDA changes the base weights: convert the adapter to plain LoRA",
         "lora_ga_config": "LoRA-GA changes the base weights: convert the adapter to plain LoRA",
         "kasa_config": "KaSA changes the base weights: convert the adapter to plain LoRA",
-        "alora_invocation_tokens": "activated LoRA is not served yet",
+        "alora_invocation_tokens": "activated LoRA is not served yet: train plain LoRA",
         "arrow_config": "Arrow routes at run time: name a mixture in the request instead",
-        "use_qalora": "QA-LoRA pools the inputs: not served",
+        "use_qalora": "QA-LoRA pools the inputs: train plain LoRA",
         "use_bdlora": "block-diagonal LoRA is not served yet: expand its blocks to plain LoRA",
-        "velora_config": "VeLoRA is not known to serve as plain LoRA",
+        "velora_config": "VeLoRA is not known to serve as plain LoRA: train plain LoRA",
         "monteclora_config": "MonteCLoRA samples its weights: export its mean as plain LoRA",
         "megatron_config": "tensor-parallel checkpoints are not served: merge the shards",
-        "ensure_weight_tying": "tied adapters on embeddings are not served yet",
+        "ensure_weight_tying": "tied adapters on embeddings are not served yet: train without",
     }
 
-    r: int = Field(default=8, gt=0)
+    r: Rank = 8
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    lora_alpha: float = 8
+    lora_alpha: Alpha = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -81,8 +93,8 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: bool | str | None = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] | None = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] | None = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] | None = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] | None = Field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
 
@@ -100,41 +112,45 @@ class LoraConfig(AdapterConfig):
             )
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias", "cannot be combined with use_dora")
-        for name, rank in (self.rank_pattern or {}).items():
-            if rank <= 0:
-                raise ConfigError("rank_pattern", f"{name!r}: a rank must be positive, not {rank}")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, []):
+                raise ConfigError(name, "cannot be combined with a target_modules that is a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern", "set, though layers_to_transform is not")
 
-    def targets(self, base: BaseModel) -> list[BaseModule]:
+    def targets(self, base: BaseModel) -> list[LoraTarget]:
         """The modules of `base` that get an update."""
-        return resolve_targets(
+        matcher = PatternMatcher()
+        modules = resolve_targets(
             base,
+            matcher,
             target_modules=self.target_modules or LORA_TARGETS.get(base.model_type),
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
         )
 
-    def rank_of(self, path: str) -> int:
-        """The rank at module `path`."""
-        return int(lookup_pattern(path, self.rank_pattern, self.r, "rank_pattern"))
+        def value(path: str, field: str, default: float) -> float:
+            return lookup_pattern(path, getattr(self, field), default, field, matcher)
 
-    def scale_of(self, path: str) -> float:
-        """The factor s at module `path`."""
-        rank = self.rank_of(path)
-        alpha = lookup_pattern(path, self.alpha_pattern, self.lora_alpha, "alpha_pattern")
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        found = []
+        for module in modules:
+            rank = int(value(module.path, "rank_pattern", self.r))
+            alpha = value(module.path, "alpha_pattern", self.lora_alpha)
+            scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+            found.append(LoraTarget(module, rank, scale))
+        return found
 
     def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
         from peftcore.program import BiasDelta, LowRank, OutputScale
 
         primitives: list[Primitive] = []
         targets = self.targets(base)
-        for module in targets:
-            prefix, rank = PREFIX + module.path, self.rank_of(module.path)
+        for module, rank, scale in targets:
+            prefix = PREFIX + module.path
             why = f"target_modules names {module.path}"
             a = tensors.take(f"{prefix}.lora_A.weight", (rank, module.in_features), why)
             b = tensors.take(f"{prefix}.lora_B.weight", (module.out_features, rank), why)
-            scale = self.scale_of(module.path)
             primitives.append(LowRank(module.path, a, b, scale))
             delta: Tensor | None = None
             if self.lora_bias:
@@ -158,7 +174,7 @@ class LoraConfig(AdapterConfig):
             if module.is_output:
                 _check_saved_output(module, f"{prefix}.base_layer.weight", tensors)
         if self.bias == "all":
-            primitives += self._other_biases(base, {m.path for m in targets}, tensors)
+            primitives += self._other_biases(base, {t.module.path for t in targets}, tensors)
         return primitives
 
     def attach(
@@ -175,12 +191,13 @@ class LoraConfig(AdapterConfig):
         if self.use_dora and self.lora_dropout > 0:
             raise UnsupportedError("lora_dropout", "is not trainable together with use_dora: use 0")
         layers: dict[str, AdapterLayer] = {}
-        for module in self.targets(base):
-            if module.is_output:
+        for target in self.targets(base):
+            path = target.module.path
+            if target.module.is_output:
                 raise UnsupportedError(
-                    "target_modules", f"{module.path}, the output embedding, is not trainable here"
+                    "target_modules", f"{path}, the output embedding, is not trainable here"
                 )
-            layers[module.path] = LoraLayer(module, self)
+            layers[path] = LoraLayer(target, self)
         targets = self.target_modules or LORA_TARGETS[base.model_type]
         return LayerAdapter(model, dataclasses.replace(self, target_modules=targets), layers)
 
@@ -213,11 +230,10 @@ class LoraLayer(AdapterLayer):
     The parameters are float32 whatever the base computes in.
     """
 
-    def __init__(self, module: BaseModule, config: LoraConfig) -> None:
+    def __init__(self, target: LoraTarget, config: LoraConfig) -> None:
+        module, rank, self.scale = target
         super().__init__(module.module)
-        rank = config.rank_of(module.path)
         self._module = module
-        self.scale = config.scale_of(module.path)
         self.dropout = nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Linear(module.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, module.out_features, bias=config.lora_bias)

@@ -81,7 +81,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 class PrefixAdapter(TrainableAdapter):
-    """A prefix in training: rows of keys and values, or with `prefix_projection` an MLP's output."""
+    """A prefix in training: rows of keys and values, or under `prefix_projection` an MLP's."""
 
     config: PrefixTuningConfig
 

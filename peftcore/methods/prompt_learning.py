@@ -27,7 +27,7 @@ class PromptLearningConfig(AdapterConfig):
         "modules_to_save": "full copies of modules are not served yet: train without it",
     }
 
-    num_virtual_tokens: int = Field(gt=0)
+    num_virtual_tokens: int = Field(gt=0, le=1 << 20)
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None

@@ -85,6 +85,11 @@ class PromptTuningConfig(_VirtualTokenConfig):
             case "TEXT":
                 text_ids = tokenizer(self.prompt_tuning_init_text or "")["input_ids"]
                 ids = fit_ids(text_ids, n, "prompt_tuning_init_text")
+                name = self.tokenizer_name_or_path or self.base_model_name_or_path
+                # PEFT refuses to read a config that starts from a text and names no tokenizer.
+                config = dataclasses.replace(
+                    config, tokenizer_name_or_path=name or tokenizer.name_or_path
+                )
             case other:
                 raise ConfigError("prompt_tuning_init", f"{other!r}: RANDOM, SAMPLE_VOCAB or TEXT")
         with torch.no_grad():

@@ -1,14 +1,15 @@
 """Which modules an adapter attaches to: PEFT's rules for `target_modules` and its companions.
 
 The rules are those of PEFT 0.21's `check_target_module_exists`; tests compare with it.
+The patterns come from a client, so they are matched by one `PatternMatcher` an adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from peftcore.config import fullmatch
+from peftcore.config import PatternMatcher
 from peftcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,31 +45,38 @@ IA3_TARGETS: dict[str, tuple[list[str], list[str]]] = {
 Patterns = str | Sequence[str]
 
 
-def _listed(path: str, names: Sequence[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def matches(path: str, patterns: Patterns, field: str) -> bool:
-    """Does `path` match? A string is a regular expression for the whole path, a list holds names
-    or path endings."""
+def _test(patterns: Patterns, field: str, matcher: PatternMatcher) -> Callable[[str], bool]:
+    """Does a path match? A string is a regular expression for the whole path, a list holds paths
+    or their endings."""
     if isinstance(patterns, str):
-        return fullmatch(patterns, path, field)
-    return _listed(path, patterns)
+        return lambda path: matcher.fullmatch(patterns, path, field) is not None
+    endings = tuple(f".{name}" for name in patterns)
+    return lambda path: f".{path}".endswith(endings)
 
 
-def _layer_index(path: str, layers_pattern: Patterns | None) -> int | None:
-    """The first numbered segment of `path` (after one of the names in `layers_pattern`)."""
-    segments = path.split(".")
-    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    for i in range(1, len(segments) - 1):
-        before = i >= 2 if not names else segments[i - 1] in names
-        if before and segments[i].isdecimal():
-            return int(segments[i])
-    return None
+def _in_layers(
+    path: str, wanted: Sequence[int] | int, layers_pattern: Patterns | None, matcher: PatternMatcher
+) -> bool:
+    """Is `path` in one of the layers `wanted`?
+
+    A layer's number is the first after one of the names in `layers_pattern`, where there are none
+    the first after at least two names.
+    """
+    if layers_pattern:
+        names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        before = rf"(?:.*?\.)?(?:{'|'.join(names)})"
+    else:
+        before = r".*?\.[^.]*"
+    match = matcher.fullmatch(rf"{before}\.(?P<layer>\d+)\..*", path, "layers_pattern")
+    if match is None:
+        return False
+    layer = int(match["layer"])
+    return layer == wanted if isinstance(wanted, int) else layer in wanted
 
 
 def resolve_targets(
     base: BaseModel,
+    matcher: PatternMatcher,
     *,
     target_modules: Patterns | None,
     exclude_modules: Patterns | None = None,
@@ -89,18 +97,19 @@ def resolve_targets(
     if target_modules == "all-linear":
         targets = [m for m in base.modules.values() if m.is_linear and not m.is_output]
     else:
-        targets = [
-            m for m in base.modules.values() if matches(m.path, target_modules, "target_modules")
-        ]
+        is_target = _test(target_modules, "target_modules", matcher)
+        targets = [m for m in base.modules.values() if is_target(m.path)]
     if exclude_modules:
-        targets = [m for m in targets if not matches(m.path, exclude_modules, "exclude_modules")]
-    if layers_to_transform not in (None, []) and not isinstance(target_modules, str):
-        wanted = (
-            {layers_to_transform}
-            if isinstance(layers_to_transform, int)
-            else set(layers_to_transform or ())
-        )
-        targets = [m for m in targets if _layer_index(m.path, layers_pattern) in wanted]
+        is_excluded = _test(exclude_modules, "exclude_modules", matcher)
+        targets = [m for m in targets if not is_excluded(m.path)]
+    if layers_to_transform is not None and layers_to_transform != []:
+        # A module that is named by its whole path is meant, in whatever layer.
+        targets = [
+            m
+            for m in targets
+            if m.path in target_modules
+            or _in_layers(m.path, layers_to_transform, layers_pattern, matcher)
+        ]
     if not targets:
         raise ConfigError(
             "target_modules",
@@ -117,10 +126,14 @@ def resolve_targets(
 
 
 def lookup_pattern(
-    path: str, patterns: Mapping[str, float] | None, default: float, field: str
+    path: str,
+    patterns: Mapping[str, float] | None,
+    default: float,
+    field: str,
+    matcher: PatternMatcher,
 ) -> float:
     """The first entry of `rank_pattern` or `alpha_pattern` whose key matches `path`'s ending."""
     for key, value in (patterns or {}).items():
-        if fullmatch(rf"(.*\.)?({key})", path, field):
+        if matcher.fullmatch(rf"(.*\.)?({key})", path, field):
             return value
     return default

@@ -26,7 +26,8 @@ def validate(
 
 
 def load_packed(folder: Path, digest: str, base: BaseModel, dtype: torch.dtype) -> PackedAdapter:
-    """Compile a stored adapter, known by `digest`, to its packed form."""
+    """Compile a stored adapter, known by `digest`, to its packed form. Its values were checked
+    when it was admitted."""
     config = config_from_json((folder / CONFIG_NAME).read_bytes())
-    tensors = TensorReader.from_file(folder / WEIGHTS_NAME)
+    tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
     return pack(compile_adapter(config, tensors, base, digest=digest), dtype)

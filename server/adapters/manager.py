@@ -4,6 +4,9 @@ A name is an alias of a content digest. A request takes a *lease* on the digests
 with; a flip or a delete changes what later requests find, and a digest that no name and no lease
 refers to any more is dropped from cache and disk. The manager knows names and digests, not where
 weights lie.
+
+Two locks: `_lock` guards what requests read and is never held over the disk, so that the event loop
+may take it; `_writer` orders changes of the store and is held by worker threads only.
 """
 
 from __future__ import annotations
@@ -33,9 +36,6 @@ from server.engine.sequence import AdapterUse
 from server.errors import BadRequest, Conflict, NotFound, TooLarge, Unprocessable
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-#: How often request counts are written to the registry, in seconds.
-_FLUSH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class AdapterManager:
         self._residency = residency
         self._forget = forget
         self._lock = threading.RLock()
+        self._writer = threading.RLock()
         self._aliases: dict[str, Alias] = {alias.name: alias for alias in store.aliases()}
         self._records: dict[str, AdapterRecord] = {}
         for alias in self._aliases.values():
@@ -138,8 +139,7 @@ class AdapterManager:
             self._records[alias.digest] = record
         self._leases: Counter[str] = Counter()
         self._uncounted: Counter[str] = Counter()
-        self._flushed_at = time.time()
-        self._validator = ThreadPoolExecutor(1, "adapter-validator", initializer=yield_to_engine)
+        self._worker = ThreadPoolExecutor(1, "adapter-worker", initializer=yield_to_engine)
         for digest in store.unreferenced():
             store.purge(digest)
 
@@ -190,7 +190,7 @@ class AdapterManager:
             )
         except MixtureError as exc:
             raise Unprocessable(str(exc), param="adapters", code="mixture_not_additive") from None
-        total = sum(r.num_bytes for r in records)
+        total = sum(r.num_elements for r in records) * self._itemsize
         if total > self._arena_bytes:
             raise TooLarge(
                 f"adapters: together {total} bytes, but the adapters' memory is "
@@ -244,12 +244,21 @@ class AdapterManager:
             del self._leases[digest]
             self._drop_if_unused(digest)
 
+    def _is_used(self, digest: str) -> bool:
+        return digest in self._leases or any(a.digest == digest for a in self._aliases.values())
+
     def _drop_if_unused(self, digest: str) -> None:
-        if digest in self._leases or any(a.digest == digest for a in self._aliases.values()):
-            return
-        if self._records.pop(digest, None) is not None:
-            self.store.purge(digest)
+        if not self._is_used(digest) and self._records.pop(digest, None) is not None:
             self._forget(digest)
+            self._worker.submit(self._purge_if_unused, digest)
+
+    def _purge_if_unused(self, digest: str) -> None:
+        """Delete the files, unless somebody has registered the same bytes again."""
+        with self._writer:
+            with self._lock:
+                if self._is_used(digest):
+                    return
+            self.store.purge(digest)
 
     def record(self, digest: str) -> AdapterRecord:
         """The record of a digest that is named or leased."""
@@ -274,34 +283,33 @@ class AdapterManager:
         self.check_name(name)
         try:
             # One at a time, on a thread that gives way to the engine.
-            record = self._validator.submit(self._validate, config, weights).result()
+            record = self._worker.submit(self._validate, config, weights).result()
         except AdapterError as exc:
             raise _refusal(exc) from None
         digest = record.digest
-        with self._lock:
-            self._leases[digest] += 1  # nobody drops it until the name holds it
-        try:
-            with self.store.staging() as staged:
-                (staged / CONFIG_NAME).write_bytes(config)
-                copyfile(weights, staged / WEIGHTS_NAME)
-                self.store.put(staged, record)
+        with self._writer:
             with self._lock:
-                previous = self._aliases.get(name)
-                self._records.setdefault(digest, record)
-                if previous is None or previous.digest != digest:
-                    self.store.set_alias(name, digest)
-                    alias = self.store.alias(name)
-                    assert alias is not None
+                self._leases[digest] += 1  # nobody drops it until the name holds it
+            try:
+                with self.store.staging() as staged:
+                    (staged / CONFIG_NAME).write_bytes(config)
+                    copyfile(weights, staged / WEIGHTS_NAME)
+                    self.store.put(staged, record)
+                previous = self.store.set_alias(name, digest)
+                alias = self.store.alias(name)
+                assert alias is not None
+                with self._lock:
+                    self._records.setdefault(digest, record)
                     self._aliases[name] = alias
-                if previous is not None and previous.digest != digest:
-                    self._drop_if_unused(previous.digest)
-                info = self._info(self._aliases[name])
-        finally:
-            with self._lock:
-                self._let_go(digest)
+                    if previous is not None:
+                        self._drop_if_unused(previous)
+            finally:
+                with self._lock:
+                    self._let_go(digest)
+            info = self._info(alias)
         if previous is None:
             return info, "created"
-        return info, "unchanged" if previous.digest == digest else "updated"
+        return info, "unchanged" if previous == digest else "updated"
 
     def check_name(self, name: str) -> None:
         """Raises BadRequest or Conflict if an adapter cannot have this name."""
@@ -316,7 +324,8 @@ class AdapterManager:
 
     def _validate(self, config: bytes, weights: Path) -> AdapterRecord:
         parsed, program = validate(config, weights, self._base)
-        num_bytes = packed_elements(program) * self._itemsize
+        num_elements = packed_elements(program)
+        num_bytes = num_elements * self._itemsize
         if num_bytes > self._arena_bytes:
             raise TooLarge(
                 f"weights: the adapter takes {num_bytes} bytes, but the adapters' memory is "
@@ -328,7 +337,7 @@ class AdapterManager:
             digest=program.digest,
             method=parsed.peft_type,
             rank=program.max_rank,
-            num_bytes=num_bytes,
+            num_elements=num_elements,
             num_virtual_tokens=program.num_virtual_tokens,
             virtual_kv=program.virtual_kv,
             adds=program.adds,
@@ -341,25 +350,27 @@ class AdapterManager:
 
     def list(self) -> list[AdapterInfo]:
         """All adapters by name."""
+        self.flush()
         with self._lock:
-            self.flush()
             return [self._info(self._aliases[name]) for name in sorted(self._aliases)]
 
     def get(self, name: str) -> AdapterInfo:
         """Raises NotFound."""
+        self.flush()
         with self._lock:
-            self.flush()
             return self._info(self._find(name, "name"))
 
     def delete(self, name: str) -> AdapterInfo:
         """Forget a name; requests that run finish. Raises NotFound."""
-        with self._lock:
-            self.flush()
-            alias = self._find(name, "name")
-            info = self._info(alias)
+        self.flush()
+        with self._writer:
+            with self._lock:
+                alias = self._find(name, "name")
+                info = self._info(alias)
             self.store.remove_alias(alias.name)
-            del self._aliases[alias.name]
-            self._drop_if_unused(alias.digest)
+            with self._lock:
+                del self._aliases[alias.name]
+                self._drop_if_unused(alias.digest)
             return info
 
     def _info(self, alias: Alias) -> AdapterInfo:
@@ -369,7 +380,7 @@ class AdapterManager:
             digest=record.digest,
             method=record.method,
             rank=record.rank,
-            num_bytes=record.num_bytes,
+            num_bytes=record.num_elements * self._itemsize,
             file_bytes=record.file_bytes,
             num_virtual_tokens=record.num_virtual_tokens,
             modules=record.modules,
@@ -381,31 +392,31 @@ class AdapterManager:
             num_running=self._leases[record.digest],
         )
 
-    def flush(self, *, force: bool = True) -> None:
+    def flush(self) -> None:
         """Write the counts of requests to the registry."""
-        with self._lock:
+        with self._writer:
+            with self._lock:
+                counts = {n: c for n, c in self._uncounted.items() if n in self._aliases}
+                self._uncounted.clear()
             now = time.time()
-            if not self._uncounted or not (force or now - self._flushed_at > _FLUSH_SECONDS):
-                return
-            counts = {n: c for n, c in self._uncounted.items() if n in self._aliases}
-            self._uncounted.clear()
-            self._flushed_at = now
             self.store.count_requests(counts, now)
-            for name, count in counts.items():
-                alias = self._aliases[name]
-                self._aliases[name] = dataclasses.replace(
-                    alias, num_requests=alias.num_requests + count, last_used_at=now
-                )
+            with self._lock:
+                for name, count in counts.items():
+                    alias = self._aliases[name]
+                    self._aliases[name] = dataclasses.replace(
+                        alias, num_requests=alias.num_requests + count, last_used_at=now
+                    )
 
     def close(self) -> None:
-        """Write what is pending and close the store."""
-        self._validator.shutdown(wait=True, cancel_futures=True)
+        """Finish what is pending and close the store."""
+        self._worker.shutdown(wait=True)
         self.flush()
         self.store.close()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless store, aliases and leases agree."""
-        with self._lock:
+        self._worker.submit(lambda: None).result()  # what was dropped is deleted
+        with self._writer, self._lock:
             stored = {alias.name: alias.digest for alias in self.store.aliases()}
             assert stored == {a.name: a.digest for a in self._aliases.values()}
             assert all(count > 0 for count in self._leases.values())
@@ -417,9 +428,9 @@ def _refusal(exc: AdapterError) -> Unprocessable:
     """The 422 for an adapter that peftcore refuses."""
     match exc:
         case CheckpointError(key=key):
-            return Unprocessable(f"weights: {exc}", param=key, code="invalid_adapter_weights")
+            return Unprocessable(str(exc), param=key, code="invalid_adapter_weights")
         case ConfigError(field=field):
-            return Unprocessable(f"config: {exc}", param=field, code="invalid_adapter_config")
+            return Unprocessable(str(exc), param=field, code="invalid_adapter_config")
     return Unprocessable(str(exc), code="invalid_adapter")
 
 

@@ -30,47 +30,10 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
-
-SCHEMA_VERSION = 1
-
-#: How long a statement waits for another connection's transaction, in milliseconds.
-BUSY_TIMEOUT_MS = 10_000
+from server.adapters import registry
+from server.adapters.registry import StoreError
 
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
-
-_metadata = sa.MetaData()
-
-_adapters = sa.Table(
-    "adapters",
-    _metadata,
-    sa.Column("digest", sa.String(64), primary_key=True),
-    sa.Column("method", sa.String, nullable=False),
-    sa.Column("rank", sa.Integer, nullable=False),
-    sa.Column("num_bytes", sa.BigInteger, nullable=False),
-    sa.Column("num_virtual_tokens", sa.Integer, nullable=False),
-    sa.Column("virtual_kv", sa.Boolean, nullable=False),
-    sa.Column("adds", sa.Boolean, nullable=False),
-    sa.Column("modules", sa.JSON, nullable=False),
-    sa.Column("file_bytes", sa.BigInteger, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    # Not part of a record: the hash of the two files as they were stored, to notice damage.
-    sa.Column("files_sha256", sa.String(64), nullable=False),
-)
-
-_aliases = sa.Table(
-    "aliases",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("digest", sa.ForeignKey("adapters.digest"), nullable=False, index=True),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("updated_at", sa.Float, nullable=False),
-    sa.Column("num_requests", sa.BigInteger, nullable=False, default=0),
-    sa.Column("last_used_at", sa.Float),
-)
-
-
-class StoreError(RuntimeError):
-    """The store cannot be opened: another process has it, or a newer version wrote it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +42,7 @@ class AdapterRecord:
 
     Attributes:
         digest: SHA-256 of the canonical config and weights, as hex.
-        num_bytes: device bytes of the compiled program.
+        num_elements: of the compiled program, as it lies in an arena.
         virtual_kv: the virtual tokens' keys and values are given (prefix tuning).
         adds: may be mixed by weight.
         file_bytes: size of the two files; `put` measures it.
@@ -89,7 +52,7 @@ class AdapterRecord:
     digest: str
     method: str
     rank: int
-    num_bytes: int
+    num_elements: int
     num_virtual_tokens: int
     virtual_kv: bool
     adds: bool
@@ -132,7 +95,7 @@ class AdapterStore:
         #: Held by every writer, so that a folder and its row change together.
         self._lock = threading.RLock()
         try:
-            self._engine = _open_database(self._root / "registry.sqlite")
+            self._engine = registry.open_registry(self._root / "registry.sqlite")
             _fsync(self._root)
             self._sweep()
         except BaseException:
@@ -189,7 +152,7 @@ class AdapterStore:
         try:
             _fsync(self._adapters_dir)
             with self._engine.begin() as connection:
-                connection.execute(sa.insert(_adapters).values(row))
+                connection.execute(sa.insert(registry.adapters).values(row))
         except BaseException:
             # Only where no row was committed; if that cannot be told, the next open will.
             with suppress(sa.exc.SQLAlchemyError):
@@ -207,8 +170,8 @@ class AdapterStore:
         _fsync(self._adapters_dir)
         with self._engine.begin() as connection:
             connection.execute(
-                sa.update(_adapters)
-                .where(_adapters.c.digest == row["digest"])
+                sa.update(registry.adapters)
+                .where(registry.adapters.c.digest == row["digest"])
                 .values({key: row[key] for key in ("file_bytes", "files_sha256")})
             )
 
@@ -228,10 +191,10 @@ class AdapterStore:
     def unreferenced(self) -> list[str]:
         """Digests that no alias names, sorted."""
         query = (
-            sa.select(_adapters.c.digest)
-            .outerjoin(_aliases)
-            .where(_aliases.c.name.is_(None))
-            .order_by(_adapters.c.digest)
+            sa.select(registry.adapters.c.digest)
+            .outerjoin(registry.aliases)
+            .where(registry.aliases.c.name.is_(None))
+            .order_by(registry.adapters.c.digest)
         )
         with self._engine.connect() as connection:
             return list(connection.scalars(query))
@@ -247,7 +210,9 @@ class AdapterStore:
             if names := self.names_of(digest):
                 raise ValueError(f"{digest} is in use by {', '.join(names)}")
             with self._engine.begin() as connection:
-                connection.execute(sa.delete(_adapters).where(_adapters.c.digest == digest))
+                connection.execute(
+                    sa.delete(registry.adapters).where(registry.adapters.c.digest == digest)
+                )
             with self.staging() as trash:
                 if final.exists():
                     os.rename(final, trash / digest)
@@ -257,20 +222,24 @@ class AdapterStore:
 
     def alias(self, name: str) -> Alias | None:
         with self._engine.connect() as connection:
-            row = connection.execute(sa.select(_aliases).where(_aliases.c.name == name)).first()
+            row = connection.execute(
+                sa.select(registry.aliases).where(registry.aliases.c.name == name)
+            ).first()
         return None if row is None else Alias(**row._mapping)
 
     def aliases(self) -> list[Alias]:
         """All names, sorted."""
         with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_aliases).order_by(_aliases.c.name)).all()
+            rows = connection.execute(
+                sa.select(registry.aliases).order_by(registry.aliases.c.name)
+            ).all()
         return [Alias(**row._mapping) for row in rows]
 
     def names_of(self, digest: str) -> list[str]:
         """The names that stand for the digest, sorted."""
-        query = sa.select(_aliases.c.name).where(_aliases.c.digest == digest)
+        query = sa.select(registry.aliases.c.name).where(registry.aliases.c.digest == digest)
         with self._engine.connect() as connection:
-            return list(connection.scalars(query.order_by(_aliases.c.name)))
+            return list(connection.scalars(query.order_by(registry.aliases.c.name)))
 
     def set_alias(self, name: str, digest: str) -> str | None:
         """Let `name` stand for `digest` from now on, in one transaction.
@@ -283,14 +252,16 @@ class AdapterStore:
         """
         now = time.time()
         with self._lock, self._engine.begin() as connection:
-            if not connection.scalar(sa.select(_adapters.c.digest).filter_by(digest=digest)):
+            if not connection.scalar(
+                sa.select(registry.adapters.c.digest).filter_by(digest=digest)
+            ):
                 raise KeyError(digest)
-            previous = connection.scalar(sa.select(_aliases.c.digest).filter_by(name=name))
+            previous = connection.scalar(sa.select(registry.aliases.c.digest).filter_by(name=name))
             if previous is None:
                 values = {"digest": digest, "created_at": now, "updated_at": now}
-                connection.execute(sa.insert(_aliases).values(name=name, **values))
+                connection.execute(sa.insert(registry.aliases).values(name=name, **values))
             elif previous != digest:
-                update = sa.update(_aliases).where(_aliases.c.name == name)
+                update = sa.update(registry.aliases).where(registry.aliases.c.name == name)
                 connection.execute(update.values(digest=digest, updated_at=now))
             return previous
 
@@ -301,10 +272,10 @@ class AdapterStore:
             KeyError: there is no such name.
         """
         with self._lock, self._engine.begin() as connection:
-            digest = connection.scalar(sa.select(_aliases.c.digest).filter_by(name=name))
+            digest = connection.scalar(sa.select(registry.aliases.c.digest).filter_by(name=name))
             if digest is None:
                 raise KeyError(name)
-            connection.execute(sa.delete(_aliases).where(_aliases.c.name == name))
+            connection.execute(sa.delete(registry.aliases).where(registry.aliases.c.name == name))
             return digest
 
     def count_requests(self, counts: Mapping[str, int], at: float) -> None:
@@ -312,9 +283,11 @@ class AdapterStore:
         if not counts:
             return
         update = (
-            sa.update(_aliases)
-            .where(_aliases.c.name == sa.bindparam("alias"))
-            .values(num_requests=_aliases.c.num_requests + sa.bindparam("more"), last_used_at=at)
+            sa.update(registry.aliases)
+            .where(registry.aliases.c.name == sa.bindparam("alias"))
+            .values(
+                num_requests=registry.aliases.c.num_requests + sa.bindparam("more"), last_used_at=at
+            )
         )
         with self._lock, self._engine.begin() as connection:
             connection.execute(update, [{"alias": n, "more": c} for n, c in counts.items()])
@@ -325,7 +298,9 @@ class AdapterStore:
         """Raise AssertionError unless every row has its files, unchanged, every folder has its
         row, every alias its adapter, and nothing is staged."""
         with self._lock, self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_adapters.c.digest, _adapters.c.files_sha256)).all()
+            rows = connection.execute(
+                sa.select(registry.adapters.c.digest, registry.adapters.c.files_sha256)
+            ).all()
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             folders = set(os.listdir(self._adapters_dir))
             staged = os.listdir(self._staging_dir)
@@ -341,48 +316,15 @@ class AdapterStore:
 
     def _row(self, digest: str) -> Any:
         with self._engine.connect() as connection:
-            return connection.execute(sa.select(_adapters).filter_by(digest=digest)).first()
+            return connection.execute(sa.select(registry.adapters).filter_by(digest=digest)).first()
 
     def _sweep(self) -> None:
         """Delete what a killed process left: all that is staged, and folders without a row."""
         with self._engine.connect() as connection:
-            known = set(connection.scalars(sa.select(_adapters.c.digest)))
+            known = set(connection.scalars(sa.select(registry.adapters.c.digest)))
         strays = [path for path in self._adapters_dir.iterdir() if path.name not in known]
         for path in [*self._staging_dir.iterdir(), *strays]:
             _remove(path)
-
-
-def _open_database(path: Path) -> sa.Engine:
-    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
-
-    @sa.event.listens_for(engine, "connect")
-    def _configure(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin where SQLAlchemy says so
-        for pragma in (
-            "journal_mode = WAL",
-            "synchronous = FULL",  # a commit is on the disk when it returns
-            "foreign_keys = ON",
-            f"busy_timeout = {BUSY_TIMEOUT_MS}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    try:
-        with engine.begin() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version not in (0, SCHEMA_VERSION):
-                raise StoreError(
-                    f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}"
-                )
-            _metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
 
 
 def _hash_files(folder: Path) -> str:

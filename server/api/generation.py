@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from server.api.responses import (
     ChatLogprobs,
@@ -45,7 +45,7 @@ async def generate(
     last: dict[int, float] = {}
     metrics.prompt(sum(map(len, prompts)))
     each = [
-        _shifted(cast("Deltas", runtime.generate(prompt, params, lease, n=n)), i * n)
+        _shifted(runtime.generate(prompt, params, lease, n=n), i * n)
         for i, prompt in enumerate(prompts)
     ]
     async with aclosing(each[0] if len(each) == 1 else _merged(each)) as deltas:
@@ -100,14 +100,6 @@ async def _merged(sources: Sequence[Deltas]) -> Deltas:
             await source.aclose()
 
 
-async def resumed(first: ChoiceDelta, rest: Deltas) -> Deltas:
-    """The whole sequence again, once its first item was awaited."""
-    async with aclosing(rest):
-        yield first
-        async for delta in rest:
-            yield delta
-
-
 class UsageCounter:
     """Adds up what a request used. A prompt counts once, however many choices it has."""
 
@@ -143,13 +135,12 @@ class Choice:
 async def collect(deltas: Deltas, num_choices: int, usage: UsageCounter) -> list[Choice]:
     """Wait for the end of every choice."""
     choices = [Choice(index) for index in range(num_choices)]
-    async with aclosing(deltas):
-        async for delta in deltas:
-            usage.add(delta)
-            choice = choices[delta.index]
-            choice.text += delta.text
-            choice.tokens += delta.tokens
-            choice.finish_reason = delta.finish_reason or choice.finish_reason
+    async for delta in deltas:
+        usage.add(delta)
+        choice = choices[delta.index]
+        choice.text += delta.text
+        choice.tokens += delta.tokens
+        choice.finish_reason = delta.finish_reason or choice.finish_reason
     return choices
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +18,6 @@ from server.api.generation import (
     chat_logprobs,
     collect,
     generate,
-    resumed,
 )
 from server.api.responses import (
     ChatChoice,
@@ -43,20 +42,21 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     runtime = runtime_of(request)
     tokenizer = runtime.tokenizer
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         lease = stack.enter_context(runtime.adapters.lease(body.model, body.mixture()))
         messages = [message.to_template() for message in body.messages]
         prompt = await run_in_threadpool(tokenizer.chat, messages)
         room = runtime.max_model_len - lease.num_virtual_tokens - len(prompt)
         params = body.sampling(room, tokenizer.vocab_size)
-        deltas = generate(runtime, [prompt], params, lease, body.n, metrics_of(request))
+        deltas = await stack.enter_async_context(
+            aclosing(generate(runtime, [prompt], params, lease, body.n, metrics_of(request)))
+        )
         usage = UsageCounter(len(prompt), body.n)
         writer = _Writer(tokenizer, lease.label, with_logprobs=params.logprobs is not None)
         if body.stream:
-            # The first item is awaited here, so that what is refused still gets its status.
-            first = await unless_gone(request.receive, anext(deltas))
-            events = writer.events(resumed(first, deltas), usage, body.include_usage)
-            return EventStream(events, stack.pop_all())
+            events = writer.events(deltas, usage, body.include_usage)
+            first = await unless_gone(request.receive, anext(events))
+            return EventStream(first, events, stack.pop_all())
         whole = writer.whole(deltas, body.n, usage)
         return JSONResponse(await unless_gone(request.receive, whole))
 
@@ -104,17 +104,16 @@ class _Writer:
             return self._event(choices=[choice], **no_usage)
 
         begun: set[int] = set()
-        async with aclosing(deltas):
-            async for item in deltas:
-                usage.add(item)
-                if item.index not in begun:
-                    begun.add(item.index)
-                    yield chunk(item.index, ChatDelta(role="assistant", content=""))
-                logprobs = self._logprobs(item.tokens) if item.tokens else None
-                if item.text or logprobs:
-                    yield chunk(item.index, ChatDelta(content=item.text), logprobs)
-                if item.finish_reason:
-                    yield chunk(item.index, ChatDelta(), None, item.finish_reason)
+        async for item in deltas:
+            usage.add(item)
+            if item.index not in begun:
+                begun.add(item.index)
+                yield chunk(item.index, ChatDelta(role="assistant", content=""))
+            logprobs = self._logprobs(item.tokens) if item.tokens else None
+            if item.text or logprobs:
+                yield chunk(item.index, ChatDelta(content=item.text), logprobs)
+            if item.finish_reason:
+                yield chunk(item.index, ChatDelta(), None, item.finish_reason)
         if include_usage:
             yield self._event(choices=[], usage=usage.usage())
         yield DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +18,6 @@ from server.api.generation import (
     collect,
     completion_logprobs,
     generate,
-    resumed,
 )
 from server.api.responses import Completion, CompletionChoice
 from server.api.schemas import CompletionRequest
@@ -35,21 +34,22 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     runtime = runtime_of(request)
     tokenizer = runtime.tokenizer
     params = body.sampling(tokenizer.vocab_size)
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         lease = stack.enter_context(runtime.adapters.lease(body.model, body.mixture()))
         prompts = [
             await run_in_threadpool(tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompt
         ]
-        deltas = generate(runtime, prompts, params, lease, body.n, metrics_of(request))
+        deltas = await stack.enter_async_context(
+            aclosing(generate(runtime, prompts, params, lease, body.n, metrics_of(request)))
+        )
         usage = UsageCounter(sum(map(len, prompts)), body.n)
         writer = _Writer(tokenizer, lease.label, with_logprobs=params.logprobs is not None)
         try:
             if body.stream:
-                # The first item is awaited here, so that what is refused still gets its status.
-                first = await unless_gone(request.receive, anext(deltas))
-                events = writer.events(resumed(first, deltas), usage, body.include_usage)
-                return EventStream(events, stack.pop_all())
+                events = writer.events(deltas, usage, body.include_usage)
+                first = await unless_gone(request.receive, anext(events))
+                return EventStream(first, events, stack.pop_all())
             num_choices = len(prompts) * body.n
             whole = writer.whole(deltas, num_choices, usage)
             return JSONResponse(await unless_gone(request.receive, whole))
@@ -90,23 +90,22 @@ class _Writer:
     ) -> AsyncGenerator[str, None]:
         no_usage = {"usage": None} if include_usage else {}
         offsets: dict[int, int] = {}
-        async with aclosing(deltas):
-            async for delta in deltas:
-                usage.add(delta)
-                logprobs = None
-                if self._with_logprobs and delta.tokens:
-                    offset = offsets.get(delta.index, 0)
-                    logprobs = completion_logprobs(self._tokenizer, delta.tokens, offset)
-                    offsets[delta.index] = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
-                if not (delta.text or logprobs or delta.finish_reason):
-                    continue  # a token that gave no text yet
-                choice = CompletionChoice(
-                    index=delta.index,
-                    text=delta.text,
-                    logprobs=logprobs,
-                    finish_reason=delta.finish_reason,
-                )
-                yield self._event(choices=[choice], **no_usage)
+        async for delta in deltas:
+            usage.add(delta)
+            logprobs = None
+            if self._with_logprobs and delta.tokens:
+                offset = offsets.get(delta.index, 0)
+                logprobs = completion_logprobs(self._tokenizer, delta.tokens, offset)
+                offsets[delta.index] = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
+            if not (delta.text or logprobs or delta.finish_reason):
+                continue  # a token that gave no text yet
+            choice = CompletionChoice(
+                index=delta.index,
+                text=delta.text,
+                logprobs=logprobs,
+                finish_reason=delta.finish_reason,
+            )
+            yield self._event(choices=[choice], **no_usage)
         if include_usage:
             yield self._event(choices=[], usage=usage.usage())
         yield DONE

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -54,48 +54,50 @@ def event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-async def with_error_event(events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    """The events; a failure after the first byte can only be told as a last event."""
-    async with aclosing(events):
-        try:
-            async for item in events:
-                yield item
-        except Exception as exc:
-            if not isinstance(exc, ServerError):
-                logger.exception("a stream failed")
-            yield event(json.dumps(body_of(exc)[1]))
-
-
 class EventStream(Response):
     """Sends events as they come, and stops making them when the client leaves.
 
     Starlette's own streaming response leaves its iterator for the garbage collector to close; this
-    one closes it, and then what the stream needed, before it returns.
+    one closes it, and then what it was made of, before it returns.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], owned: ExitStack) -> None:
-        """Args: owned: closed after the events, however they end."""
+    def __init__(self, first: str, rest: AsyncGenerator[str, None], owned: AsyncExitStack) -> None:
+        """
+        Args:
+            first: the first event, awaited before there is a response, so that what is refused
+                still gets its own status.
+            rest: the events after it.
+            owned: closed after the events, however they end.
+        """
         self.status_code = 200
         self.background = None
-        self._events = events
+        self._first = first
+        self._rest = rest
         self._owned = owned
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._owned:
-            try:
+        async with self._owned, aclosing(self._rest):
+            with suppress(ClientGone):
                 await unless_gone(receive, self._send(send))
-            except ClientGone:
-                pass
-            finally:
-                await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async for item in with_error_event(self._events):
+        item: str | None = self._first
+        while item is not None:
             body = {"type": "http.response.body", "body": item.encode(), "more_body": True}
             await send(body)
+            item = await self._next()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next(self) -> str | None:
+        """The next event, or None. A failure can only be told as an event now; it is the last."""
+        try:
+            return await anext(self._rest, None)
+        except Exception as exc:
+            if not isinstance(exc, ServerError):
+                logger.exception("a stream failed")
+            return event(json.dumps(body_of(exc)[1]))

@@ -6,7 +6,7 @@ none; the size cap is `limits.BodyLimit`'s.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +69,8 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest(f"send multipart/form-data with the fields {', '.join(FIELDS)}")
-    parser = MultiPartParser(
-        request.headers, request.stream(), max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES
-    )
     try:
-        form = await parser.parse()
+        form = await _Parser(request).parse()
     except MultiPartException as exc:
         raise BadRequest(f"the multipart body cannot be read: {exc.message}") from None
     try:
@@ -90,6 +87,26 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
         await form.close()
 
 
+class _Parser(MultiPartParser):
+    """Closes what it opened when it raises; and it raises for a body that is cut off."""
+
+    def __init__(self, request: Request) -> None:
+        stream = self._until_end(request)
+        super().__init__(
+            request.headers, stream, max_files=8, max_fields=8, max_part_size=MAX_CONFIG_BYTES
+        )
+        self._ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def _until_end(self, request: Request) -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not self._ended:
+            raise BadRequest("the multipart body is cut off: its closing boundary is missing")
+
+
 def _by_name(form: FormData) -> dict[str, UploadFile | str]:
     parts: dict[str, UploadFile | str] = {}
     for name, value in form.multi_items():
@@ -100,11 +117,7 @@ def _by_name(form: FormData) -> dict[str, UploadFile | str]:
         parts[name] = value
     for name in FIELDS:
         if name not in parts:
-            raise BadRequest(
-                f"{name}: required, and not in the body or cut off",
-                param=name,
-                code="missing_required_parameter",
-            )
+            raise BadRequest(f"{name}: required", param=name, code="missing_required_parameter")
     return parts
 
 

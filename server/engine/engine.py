@@ -71,7 +71,8 @@ class Engine:
     def add(self, *sequences: Sequence) -> None:
         """Queue sequences; their lengths have been checked."""
         for seq in sequences:
-            self._live[seq.key] = (seq, self._tokenizer.detokenizer(seq.params.stop))
+            detokenizer = self._tokenizer.detokenizer(seq.prompt_token_ids, seq.params.stop)
+            self._live[seq.key] = (seq, detokenizer)
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:

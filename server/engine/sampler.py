@@ -74,35 +74,11 @@ class Sampler:
 
     def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
         """Sampled tokens `[rows]`: argmax of probability over exponential noise is a draw."""
-        params = [seq.params for seq in sequences]
-        logits = logits / self._column(logits, [p.temperature for p in params])
-        if any(p.top_k is not None or p.top_p < 1 for p in params):
-            logits = self._keep_top(logits, params)
-        probs = torch.softmax(logits, dim=-1)
-        if any(p.min_p > 0 for p in params):
-            floor = self._column(logits, [p.min_p for p in params]) * probs.amax(-1, keepdim=True)
-            probs = probs.masked_fill(probs < floor, 0)
+        probs = probabilities(logits, [seq.params for seq in sequences])
         noise = torch.empty_like(probs)
         for row, seq in zip(noise, sequences, strict=True):
             row.exponential_(generator=self._generator(seq, probs.device))
         return (probs / noise).argmax(dim=-1)
-
-    @staticmethod
-    def _column(like: Tensor, values: Seq[float]) -> Tensor:
-        return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
-
-    def _keep_top(self, logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
-        """−inf outside each row's top_k and top_p; the likeliest token always stays."""
-        values, order = logits.sort(dim=-1, descending=True)
-        vocab = logits.shape[-1]
-        top_k = self._column(logits, [p.top_k or vocab for p in params])
-        top_p = self._column(logits, [p.top_p for p in params])
-        rank = torch.arange(vocab, device=logits.device)[None, :]
-        values = values.masked_fill(rank >= top_k, -torch.inf)
-        probs = torch.softmax(values, dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        values = values.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
-        return torch.empty_like(logits).scatter_(-1, order, values)
 
     def _generator(self, seq: Sequence, device: torch.device) -> torch.Generator:
         generator = self._generators.get(seq.key)
@@ -130,3 +106,38 @@ class Sampler:
             token_id = token_ids[i]
             sampled[i] = SampledToken(token_id, float(logprobs[token_id]), top)
         return sampled
+
+
+def probabilities(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+    """With which probability each token is drawn, up to a factor for each row.
+
+    Args:
+        logits: `[rows, vocab]`, penalties applied. params: one for each row, temperature above 0.
+    """
+    logits = logits / _column(logits, [p.temperature for p in params])
+    if any(p.top_k is not None or p.top_p < 1 for p in params):
+        logits = _keep_top(logits, params)
+    probs = torch.softmax(logits, dim=-1)
+    if any(p.min_p > 0 for p in params):
+        floor = _column(logits, [p.min_p for p in params]) * probs.amax(-1, keepdim=True)
+        probs = probs.masked_fill(probs < floor, 0)
+    return probs
+
+
+def _keep_top(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+    """−inf outside each row's top_k and top_p; the likeliest token always stays."""
+    values, order = logits.sort(dim=-1, descending=True)
+    vocab = logits.shape[-1]
+    top_k = _column(logits, [p.top_k or vocab for p in params])
+    # Rounded sums pass 1 before the last token: a row that keeps all must not lose its tail.
+    top_p = _column(logits, [p.top_p if p.top_p < 1 else torch.inf for p in params])
+    rank = torch.arange(vocab, device=logits.device)[None, :]
+    values = values.masked_fill(rank >= top_k, -torch.inf)
+    probs = torch.softmax(values, dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    values = values.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, order, values)
+
+
+def _column(like: Tensor, values: Seq[float]) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]

@@ -3,8 +3,9 @@
 One token budget a step. Sequences that decode come first, one token each; then chunks of prompts
 that are under way; then new sequences, in the order in which they came. A new sequence waits for
 its adapter, for cache blocks and for a place; while it waits for its *adapter*, those behind it go
-ahead, up to `max_overtaken` of them where the adapter waits for memory, so that a stream of
-requests for resident adapters cannot starve it.
+ahead. Where the adapter waits for memory, at most `max_overtaken` of those behind may pin adapters
+before it can, so that a stream of requests for other adapters cannot starve it; those that have
+pinned theirs still go ahead, since only by ending do they give memory back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Residency = Literal["ready", "loading", "full", "failed"]
 
 
 #: Waiting sequences that one step looks past.
-_MAX_SKIPPED = 256
+_MAX_PASSED = 256
 
 
 class Adapters(Protocol):
@@ -141,25 +142,29 @@ class Scheduler:
 
     def _admit(self, batch: Batch, budget: int) -> None:
         """Start waiting sequences while budget, places and blocks last."""
-        skipped: list[Sequence] = []
+        passed: list[Sequence] = []
         starved: Sequence | None = None
         num_places = self.max_num_seqs - len(self.running)
-        while self.waiting and budget > 0 and num_places > 0 and len(skipped) < _MAX_SKIPPED:
+        while self.waiting and budget > 0 and num_places > 0 and len(passed) < _MAX_PASSED:
             seq = self.waiting.popleft()
+            pins_more = bool(seq.adapters) and not seq.pinned
+            if pins_more and starved is not None and starved.num_overtaken >= self.max_overtaken:
+                passed.append(seq)
+                continue
             residency = self.adapters.acquire(seq)
             if residency == "failed":
                 batch.failed.append(seq)
                 continue
+            if starved is None and residency == "full":
+                starved = seq
+            elif starved is not None and residency != "full" and pins_more:
+                starved.num_overtaken += 1
             if residency != "ready":
-                skipped.append(seq)
-                if residency == "full" and starved is None:
-                    starved = seq
-                    if seq.num_overtaken >= self.max_overtaken:
-                        break
+                passed.append(seq)
                 continue
             num_tokens = self._start(seq, budget)
             if num_tokens is None:
-                skipped.append(seq)
+                passed.append(seq)
                 break
             write_from = seq.num_cached if seq.virtual_kv else None
             if write_from is not None and write_from >= seq.num_virtual_tokens:
@@ -167,9 +172,7 @@ class Scheduler:
             batch.chunks.append(Chunk(seq, seq.num_computed, num_tokens, write_from))
             budget -= num_tokens
             num_places -= 1
-            if starved is not None:
-                starved.num_overtaken += 1
-        self.waiting.extendleft(reversed(skipped))
+        self.waiting.extendleft(reversed(passed))
 
     def _start(self, seq: Sequence, budget: int) -> int | None:
         """Match the cached prefix and take blocks for a first chunk; None if there are too few."""

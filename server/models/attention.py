@@ -48,13 +48,8 @@ def paged_attention(
     """
     context = current_context()
     layer: int = module.layer_idx  # type: ignore[assignment]
-    context.layers_seen[layer] = context.layers_seen.get(layer, 0) + 1
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    context.kv_shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
     out = query.new_zeros(query.shape[2], query.shape[1], values.shape[2])
-    if context.pool is None:
-        return out.unsqueeze(0), None
-
     context.pool.write(layer, context.slots, keys, values)
     pool_keys, pool_values = context.pool.keys[layer], context.pool.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -46,17 +46,14 @@ class DecodeRows:
 class ForwardContext:
     """One forward pass: where its rows are written, and what each reads.
 
-    slots: `[rows]`, where the rows' own keys and values go. `layers_seen` counts the calls per
-    attention layer. `masks` holds this pass's masks for reuse by all layers.
+    slots: `[rows]`, where the rows' own keys and values go. `masks` holds this pass's masks for
+    reuse by all layers.
     """
 
-    pool: KVPool | None
+    pool: KVPool
     slots: Tensor
     prompts: Sequence[PromptRows] = ()
     decodes: Sequence[DecodeRows] = ()
-    layers_seen: dict[int, int] = field(default_factory=dict)
-    #: Shapes of keys and values that reached each layer: (num_kv_heads, head_dim, v_head_dim).
-    kv_shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 

@@ -3,21 +3,31 @@
 No flag of transformers tells: some architectures never call the attention function, or call it with
 something missing, and answer nonsense. So a short ragged batch, chunked over scattered blocks, is
 compared with the model's own eager attention, and a model that differs is refused.
+
+A window or chunk longer than that batch would not show in it. It is found before, in the masks that
+the model asks transformers for: each is held against what its layer tells the attention function,
+out to the end of the context. What shows only late, and in no such mask, is not found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 from server.models.attention import NAME
 from server.models.context import DecodeRows, ForwardContext, PromptRows, forward_context
 from server.models.kv_pool import KVPool
 
+#: The name under which `_Observer` is registered.
+_OBSERVED = f"{NAME}_observed"
+#: Positions at which masks are looked at, at most: beyond any window or chunk.
+_MAX_POSITION = 1 << 18
 _LENGTHS = (9, 22, 37)
 _BLOCK_SIZE = 4
 #: Allowed difference of logits, in standard deviations of the eager ones.
@@ -59,19 +69,106 @@ def measure_kv_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Per layer (num_kv_heads, head_dim, v_head_dim), as they reach the attention function.
 
     Raises:
-        UnservableModel: a layer does not call the attention function, or more than once.
+        UnservableModel: the model does not take a packed batch; a layer does not call the attention
+            function, or more than once, or does not tell it what its mask hides.
     """
-    device = model.device
-    context = ForwardContext(pool=None, slots=torch.arange(2, device=device))
-    with forward_context(context):
-        _forward(model, torch.zeros(2, dtype=torch.long, device=device), torch.arange(2))
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if context.layers_seen != dict.fromkeys(range(num_layers), 1):
+    name = type(model).__name__
+    observer = _Observer()
+    AttentionInterface.register(_OBSERVED, observer.attend)
+    AttentionMaskInterface.register(_OBSERVED, observer.mask)
+    model.set_attn_implementation(_OBSERVED)
+    try:
+        _forward(model, torch.zeros(2, dtype=torch.long, device=model.device), torch.arange(2))
+    except Exception as exc:
+        raise UnservableModel(f"{name}: does not compute a packed batch: {exc}") from exc
+    finally:
+        model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    num_layers = config.num_hidden_layers
+    calls = sorted(observer.calls, key=lambda call: call.layer)
+    if [call.layer for call in calls] != list(range(num_layers)):
         raise UnservableModel(
-            f"{type(model).__name__}: of {num_layers} layers, {len(context.layers_seen)} call "
+            f"{name}: of {num_layers} layers, {len({call.layer for call in calls})} call "
             "transformers' attention interface (each should, once): its cache cannot be paged"
         )
-    return [context.kv_shapes[i] for i in range(num_layers)]
+    for call in calls:
+        if not call.tells_its_mask(min(config.max_position_embeddings, _MAX_POSITION)):
+            raise UnservableModel(
+                f"{name}: the mask of layer {call.layer} hides something (a window, chunks) that "
+                "the layer does not tell its attention function: it would answer wrongly"
+            )
+    return [call.kv_shape for call in calls]
+
+
+#: (batch, head, query position, key positions) → which keys the query sees.
+_Visible = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer gave the attention function. `visible` is what its mask shows, if it has one."""
+
+    layer: int
+    kv_shape: tuple[int, int, int]
+    window: int | None
+    visible: _Visible | None
+
+    def tells_its_mask(self, num_positions: int) -> bool:
+        """Do causality and the window say all that the mask does, at late positions too?"""
+        if self.visible is None:
+            return True
+        k = torch.arange(num_positions)
+        for q in (k[num_positions // 2], k[-1]):
+            told = k <= q
+            if self.window is not None:
+                told &= k > q - self.window
+            if not torch.equal(self.visible(0, 0, q, k).expand_as(told), told):
+                return False
+        return True
+
+
+class _Observer:
+    """An attention function that computes nothing, and masks that are only a number."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.masks: list[_Visible] = []
+
+    def mask(
+        self,
+        *,
+        q_length: int,
+        kv_length: int,
+        mask_function: _Visible,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> Tensor:
+        self.masks.append(mask_function)
+        number = float(len(self.masks) - 1)
+        return torch.full((1, 1, q_length, kv_length), number, device=device)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        shape = (key.shape[1], key.shape[3], value.shape[3])
+        visible = None if attention_mask is None else self._visible(attention_mask)
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        self.calls.append(_Call(layer, shape, sliding_window, visible))
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    def _visible(self, mask: Tensor) -> _Visible:
+        """What a mask shows; of one that the model has changed, nothing is known."""
+        numbers = mask.unique().tolist()
+        if len(numbers) == 1 and numbers[0] in range(len(self.masks)):
+            return self.masks[int(numbers[0])]
+        return lambda batch, head, q, k: torch.tensor(False)
 
 
 @torch.inference_mode()
@@ -162,6 +259,7 @@ def _forward(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tenso
         input_ids=tokens[None],
         position_ids=positions[None].to(model.device),
         use_cache=False,
+        logits_to_keep=torch.arange(len(tokens), device=model.device),
     )
     logits: Tensor = output.logits[0]
     return logits

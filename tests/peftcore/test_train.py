@@ -364,18 +364,23 @@ def test_prefix_from_text_is_the_text(folder: Path, tokenizer: PreTrainedTokeniz
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_prompt_from_text_is_pefts(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = {
+def test_prompt_from_text_is_pefts(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options: dict[str, Any] = {
         "num_virtual_tokens": 5,
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": "abc",
-        "tokenizer_name_or_path": str(folder),
+        "task_type": "CAUSAL_LM",
     }
     adapter = new_adapter(load(folder), tokenizer, PromptTuningConfig(**options))
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", **options)
+    config = peft.PromptTuningConfig(**options, tokenizer_name_or_path=str(folder))
     theirs = with_peft(load(folder), config)
     expected = theirs.get_prompt_embedding_to_save("default")
     assert torch.equal(adapter.tensors()["prompt_embeddings"], expected)
+    save_adapter(adapter, tmp_path)
+    loaded = from_files(load(folder), tmp_path)
+    assert torch.equal(loaded.get_prompt_embedding_to_save("default"), expected)
 
 
 def test_only_the_answer_is_in_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:

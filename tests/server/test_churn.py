@@ -1,4 +1,4 @@
-"""Adapters come, change and go while requests run: every answer is right, and all memory comes back.
+"""Adapters come, change and go while requests run: every answer is right, all memory comes back.
 
 The failures of the field that these tests name: an in-flight request that gets another tenant's
 adapter after a load (vllm#47724), stale prefixes after a flip (vllm#42125, #30931), an unload that
@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests import tiny
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftcore.packing import PackedAdapter
 from server.adapters.manager import Lease
+from server.engine.scheduler import Batch
 from server.engine.sequence import SamplingParams
 from server.errors import NotFound, ServerError
 from server.runtime import Runtime
+from tests import tiny
 
 MAX_TOKENS = 6
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 9, 10, 11, 12, 99, 98], [200] * 30]
@@ -89,7 +92,7 @@ async def complete(
     stop_after: int | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> list[list[int]]:
-    """The tokens of each choice; closes the stream after `stop_after` items, as a client that left."""
+    """The tokens of each choice; leaves after `stop_after` items, as a client that disconnects."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in range(n)]
     with lease:
@@ -226,7 +229,7 @@ def test_a_loading_adapter_holds_up_nobody_else(world: World, runtime: Runtime) 
     cache = runtime.engine.cache
     load, gate = cache._load, threading.Event()
 
-    def held(digest: str):  # noqa: ANN202
+    def held(digest: str) -> PackedAdapter:
         if digest == runtime.adapters.get("cold").digest:
             assert gate.wait(30)
         return load(digest)
@@ -254,7 +257,12 @@ def test_a_request_that_leaves_while_its_adapter_loads(world: World, runtime: Ru
     register(runtime, "cold", world.versions["dora"][0])
     cache = runtime.engine.cache
     load, gate = cache._load, threading.Event()
-    cache._load = lambda digest: load(digest) if gate.wait(30) else load(digest)
+
+    def held(digest: str) -> PackedAdapter:
+        assert gate.wait(30)
+        return load(digest)
+
+    cache._load = held
 
     async def main() -> None:
         task = asyncio.create_task(complete(runtime, runtime.adapters.lease("cold"), PROMPTS[0]))
@@ -275,7 +283,7 @@ def test_a_request_that_leaves_while_its_adapter_loads(world: World, runtime: Ru
 
 
 def test_a_cold_request_is_not_starved_by_hot_ones(world: World, runtime: Runtime) -> None:
-    """Three hot adapters are asked for without end; a fourth that needs their room gets its turn."""
+    """Three hot adapters are asked for without end; a fourth that needs their room gets in."""
     hot = ["lora-r4", "lora-bias-all", "dora"]
     for name in hot:
         register(runtime, name, world.versions[name][0])
@@ -315,7 +323,7 @@ def test_a_failing_step_ends_its_requests_only(world: World, runtime: Runtime) -
     execute = runtime.engine.runner.execute
     calls = []
 
-    def failing(batch):  # noqa: ANN001, ANN202
+    def failing(batch: Batch) -> Tensor:
         calls.append(batch)
         if len(calls) == 3:
             raise RuntimeError("out of memory")

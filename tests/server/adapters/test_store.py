@@ -31,7 +31,7 @@ def record_of(content: str) -> AdapterRecord:
         digest=digest_of(content),
         method="LORA",
         rank=8,
-        num_bytes=4096,
+        num_elements=1024,
         num_virtual_tokens=0,
         virtual_kv=False,
         adds=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,37 @@ def test_a_failed_step_is_an_error_of_its_requests_only(tmp_path: Path) -> None:
         assert answer.json()["error"]["type"] == "server_error"
         assert server.complete("tiny", "abc") == server.expected("abc", [])
         server.wait_idle()
+
+
+def test_clients_that_come_and_go(tmp_path: Path) -> None:
+    """Many requests with more adapters than fit, most of them left: every answer is right, and all
+    memory is back."""
+    pools = {"max_num_seqs": 8, "kv_memory": "1MiB", "adapter_memory": "64KiB"}
+    with serve(tmp_path, **pools) as server:
+        names = [f"adapter-{seed}" for seed in range(5)]
+        for seed, name in enumerate(names):
+            assert server.push(name, server.make_adapter("lora-r4", seed)).status_code == 201
+        expected = {name: server.complete(name, "abc") for name in names}
+
+        def visit(seed: int) -> None:
+            chance = random.Random(seed)
+            name = chance.choice(names)
+            if chance.random() < 0.3:
+                assert server.complete(name, "abc") == expected[name]
+                return
+            body = {
+                "model": name, "prompt": ["abc" * chance.randint(1, 20)] * chance.randint(1, 3),
+                "n": chance.randint(1, 3), "max_tokens": chance.randint(1, 200),
+                "stream": chance.random() < 0.5,
+            }  # fmt: skip
+            with post(server, "/v1/completions", body):
+                time.sleep(chance.random() * 0.3)
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(visit, range(120)))
+        server.wait_idle()
+        stats = server.runtime.stats()
+        assert stats["kv_blocks_used"] == 0
+        assert stats["num_adapter_evictions"] > 0
+        adapters = server.http.get("/v1/adapters").json()["data"]
+        assert [adapter["num_running"] for adapter in adapters] == [0] * len(names)

@@ -127,7 +127,7 @@ def test_refusals_are_422_and_say_why(server: Served, case: str) -> None:
     param: str | None = key
     match case:
         case "rank":
-            config = changed(folder, r=8)
+            config, param = changed(folder, r=8), None
         case "method":
             config, param = changed(folder, peft_type="BOFT"), "peft_type"
         case "not json":
@@ -172,7 +172,7 @@ def test_refusals_are_422_and_say_why(server: Served, case: str) -> None:
 
 def test_too_large(server: Served) -> None:
     """For the adapters' memory, and for an upload at all: 413 with both sizes."""
-    big = server.make_adapter("lora-r8-all", 17, r=256)
+    big = server.make_adapter("lora-r8-all", 17, r=512)
     answer = server.push("big", big)
     assert answer.status_code == 413, answer.text
     assert str(4 << 20) in answer.json()["error"]["message"]

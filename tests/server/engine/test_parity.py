@@ -3,60 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from server.adapters.manager import Lease
-from server.engine.engine import Engine
-from server.engine.scheduler import Batch
-from server.engine.sequence import SamplingParams, Sequence
-from server.runtime import Runtime
 from tests import tiny
+from tests.recorder import Recorder, compare
 
 TOLERANCE = 1e-4
-
-
-class Recorder:
-    """Drives an engine by hand and keeps the logits of every sampled token."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self.engine: Engine = runtime.engine
-        self.logits: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        self.batches: list[Batch] = []
-        execute = self.engine.runner.execute
-
-        def recording(batch: Batch) -> Tensor:
-            logits = execute(batch)
-            sampled = [chunk.seq.key for chunk in batch.chunks if chunk.samples]
-            for key, row in zip(sampled, logits, strict=True):
-                self.logits[key].append(row.clone())
-            self.batches.append(batch)
-            return logits
-
-        self.engine.runner.execute = recording  # type: ignore[method-assign]
-
-    def add(self, name: str, prompt: list[int], lease: Lease, max_tokens: int = 8) -> Sequence:
-        seq = Sequence(
-            (name, 0), prompt,
-            SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
-            adapters=lease.uses, num_virtual_tokens=lease.num_virtual_tokens,
-            virtual_kv=lease.virtual_kv, max_len=self.runtime.max_model_len,
-        )  # fmt: skip
-        self.engine.add(seq)
-        return seq
-
-    def run(self, num_steps: int = 2000) -> None:
-        for _ in range(num_steps):
-            if not self.engine.has_work:
-                return
-            self.engine.step()
-        raise AssertionError("the engine did not finish")
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
@@ -81,16 +37,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def prompts(seed: int, n: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(rng.randint(2, 70))] for _ in range(n)]
-
-
-def compare(recorder: Recorder, seq: Sequence, oracle: tiny.PeftOracle) -> float:
-    """Teacher-forced logits of peft at every sampled position against the engine's."""
-    tokens = [*seq.prompt_token_ids, *seq.output_token_ids]
-    expected = oracle.logits(tokens)[len(seq.prompt_token_ids) - 1 : -1]
-    actual = torch.stack(recorder.logits[seq.key])
-    assert actual.shape == expected.shape
-    assert seq.output_token_ids == expected.argmax(-1).tolist(), f"{seq.key}: greedy tokens differ"
-    return float((expected - actual).abs().max())
 
 
 def test_mixed_batch_equals_peft_alone(world) -> None:
