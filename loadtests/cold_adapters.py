@@ -1,8 +1,8 @@
 """Does a cold adapter delay anybody else? `python -m loadtests.cold_adapters`
 
 Warm streams ask resident adapters without a pause while extra requests come at a steady rate. In
-one phase the extra requests name resident adapters too; in the other each names a cold one, which is
-read from disk, compiled and copied in. The traffic is the same, so the difference in the warm
+one phase the extra requests name resident adapters too; in the other each names a cold one, which
+is read from disk, compiled and copied in. The traffic is the same, so the difference in the warm
 streams' time to first token is what loading costs those who do not wait for it. Phases alternate,
 with fresh cold adapters in each round; medians over all rounds; JSON to stdout with --json.
 """
