@@ -33,7 +33,8 @@ def _tile_buffer(numel: int) -> Tensor:
     """This thread's tile, `[numel]` float32 on the CPU; its contents belong to one call."""
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < numel:
-        buffer = _scratch.buffer = torch.empty(max(numel, _TILE_ELEMENTS))
+        with torch.inference_mode(False):  # else no later call outside it may write
+            buffer = _scratch.buffer = torch.empty(max(numel, _TILE_ELEMENTS))
     return buffer[:numel]
 
 
@@ -81,7 +82,10 @@ class QuantLinear(nn.Module):
         """
         k = self.in_features
         if self.quantization == "int8":
-            return _tile_buffer((stop - start) * k).view(-1, k).copy_(self.codes[start:stop])
+            codes = self.codes[start:stop]
+            if torch.is_grad_enabled():  # autograd keeps the tile until the backward pass
+                return codes.to(torch.float32)
+            return _tile_buffer((stop - start) * k).view(-1, k).copy_(codes)
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.codes[start * k // 2 : (stop * k + 1) // 2],
             self.absmax[start * k // _BLOCK : -(-stop * k // _BLOCK)],

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from server.models.kv_pool import KVPool
@@ -33,13 +34,20 @@ class PromptRows:
 class DecodeRows:
     """One row each of several sequences.
 
-    rows: `[n]`, their places in the batch. context_slots: `[n, max_context_len]`, padded.
-    context_lens: `[n]`.
+    rows: `[n]`, their places in the batch. context_lens: `[n]`. context_slots: `[n,
+    max_context_len]`; behind a sequence's own comes its first again, whatever was given: attention
+    reads what it masks, and a NaN in another sequence's slot would spread.
     """
 
     rows: Tensor
     context_slots: Tensor
     context_lens: Tensor
+
+    def __post_init__(self) -> None:
+        places = torch.arange(self.context_slots.shape[1], device=self.context_slots.device)
+        own = places < self.context_lens[:, None]
+        slots = torch.where(own, self.context_slots, self.context_slots[:, :1])
+        object.__setattr__(self, "context_slots", slots)
 
 
 @dataclass(eq=False)

@@ -120,6 +120,34 @@ def test_a_row_does_not_depend_on_its_neighbours(quantization: Any, tiles: str) 
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradients_flow_through(quantization: Any, tiles: str) -> None:
+    """Through two layers that share this thread's tile: the base of an adapter in training."""
+    layers = [random_layer((130, 64), 1)[0], random_layer((64, 130), 2)[0]]
+    first, second = (QuantLinear(weight, None, quantization) for weight in layers)
+    x, probe = torch.randn(3, 64, requires_grad=True), torch.randn(3, 64)
+    (second(first(x)) * probe).sum().backward()
+    expected = probe
+    for weight in reversed(layers):
+        expected = expected @ dequantized(weight, quantization)
+    torch.testing.assert_close(x.grad, expected, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_inference_mode_leaves_no_trace(quantization: Any, tiles: str) -> None:
+    """What one call leaves in this thread's scratch memory is usable by any other."""
+    weight, _ = random_layer((64, 64))
+    layer = QuantLinear(weight, None, quantization)
+    x = torch.randn(2, 64)
+    linear._scratch.__dict__.clear()
+    with torch.inference_mode():
+        inside = layer(x).clone()
+    with torch.no_grad():
+        outside = layer(x)
+    assert torch.equal(inside, outside)
+    assert torch.equal(inside, layer(x))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_dequantize_is_fresh_memory(quantization: Any, tiles: str) -> None:
     """It outlives the next call, of this layer or another, and may be changed."""
     weight, _ = random_layer((130, 64))

@@ -1,4 +1,4 @@
-"""Blocks: sharing, reuse and counts, against a model that keeps whole prefixes instead of hashes."""
+"""Blocks: sharing, reuse, counts, against a model that keeps whole prefixes instead of hashes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The scheduler, stepped as the engine steps it, over a cache that knows what each slot stands for.
+"""The scheduler, stepped as the engine does, over a cache that knows what each slot stands for.
 
-No model runs: a slot holds the adapters and the tokens up to its position, so every read of a wrong,
-stale or shared-by-mistake slot shows; the next token is a function of what the sequence has read.
+No model runs: a slot holds the adapters and the tokens up to its position, so that any read of a
+wrong, a stale or a wrongly shared slot shows; the next token depends on all of the sequence.
 """
 
 from __future__ import annotations
