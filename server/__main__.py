@@ -11,6 +11,9 @@ from pydantic_settings import CliApp
 
 from server.settings import Settings
 
+#: How long running requests may go on after a signal to stop.
+_SECONDS_TO_FINISH = 10
+
 
 def main() -> None:
     """Parse the flags and serve until interrupted."""
@@ -34,7 +37,12 @@ def main() -> None:
             preload(runtime, settings.preload)
     except (SetupError, ModelSourceError, UnservableModel) as exc:
         sys.exit(f"polypeft-serve: {exc}")
-    uvicorn.run(create_app(runtime), host=settings.host, port=settings.port, log_level="info")
+    uvicorn.run(
+        create_app(runtime),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """The quantized base: codes by bitsandbytes, one linear module over them."""
 
-from peftcore.quant.linear import Quantization, QuantLinear, quantize_model
+import logging
+
+# On some CPUs its import warns of an optional kernel that is not there; it is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from peftcore.quant.linear import Quantization, QuantLinear, quantize_model  # noqa: E402
 
 __all__ = ["QuantLinear", "Quantization", "quantize_model"]

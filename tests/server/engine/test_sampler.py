@@ -193,7 +193,13 @@ def test_a_row_keeps_its_tail_beside_rows_that_lose_theirs() -> None:
 
 def test_the_likeliest_token_always_stays() -> None:
     logits = logits_like(4, 6, 40)
-    for params in ({"top_p": 1e-12}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-5}):
+    for params in (
+        {"top_p": 1e-12},
+        {"top_p": 0.0},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"temperature": 1e-5},
+    ):
         counts = [histogram(row, 20, **params) for row in logits]
         assert [int(c.argmax()) for c in counts] == logits.argmax(-1).tolist(), params
         assert all(c.max() == 20 for c in counts), params

@@ -144,7 +144,11 @@ class World:
 
     def step(self) -> Batch:
         self.adapters.tick()
+        before, num_preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
         batch = self.scheduler.schedule()
+        if self.scheduler.num_preemptions > num_preemptions:
+            assert all(chunk.seq in before for chunk in batch.chunks), "one in, another out"
+            assert set(map(id, self.scheduler.running)) < set(map(id, before))
         for seq in batch.failed:
             self.failed.append(seq.key[0])
             self.end(seq)
