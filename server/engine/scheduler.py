@@ -141,15 +141,19 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, batch: Batch, budget: int) -> None:
-        """Start waiting sequences while budget, places and blocks last."""
-        passed: list[Sequence] = []
+        """Start waiting sequences while budget, places and blocks last.
+
+        Whatever happens, a sequence is in one queue; one that failed stays until it is finished.
+        """
+        num_passed = 0
         starved: Sequence | None = None
         num_places = self.max_num_seqs - len(self.running)
-        while self.waiting and budget > 0 and num_places > 0 and len(passed) < _MAX_PASSED:
-            seq = self.waiting.popleft()
+        for seq in list(self.waiting):
+            if budget == 0 or num_places == 0 or num_passed == _MAX_PASSED:
+                break
             pins_more = bool(seq.adapters) and not seq.pinned
             if pins_more and starved is not None and starved.num_overtaken >= self.max_overtaken:
-                passed.append(seq)
+                num_passed += 1
                 continue
             residency = self.adapters.acquire(seq)
             if residency == "failed":
@@ -160,11 +164,10 @@ class Scheduler:
             elif starved is not None and residency != "full" and pins_more:
                 starved.num_overtaken += 1
             if residency != "ready":
-                passed.append(seq)
+                num_passed += 1
                 continue
             num_tokens = self._start(seq, budget)
             if num_tokens is None:
-                passed.append(seq)
                 break
             write_from = seq.num_cached if seq.virtual_kv else None
             if write_from is not None and write_from >= seq.num_virtual_tokens:
@@ -172,7 +175,6 @@ class Scheduler:
             batch.chunks.append(Chunk(seq, seq.num_computed, num_tokens, write_from))
             budget -= num_tokens
             num_places -= 1
-        self.waiting.extendleft(reversed(passed))
 
     def _start(self, seq: Sequence, budget: int) -> int | None:
         """Match the cached prefix and take blocks for a first chunk; None if there are too few."""
@@ -185,6 +187,7 @@ class Scheduler:
             return None
         seq.num_computed = start
         seq.status = Status.RUNNING
+        self.waiting.remove(seq)
         self.running.append(seq)
         return num_tokens
 

@@ -362,6 +362,29 @@ def test_sequences_whose_adapter_fails_are_given_back() -> None:
     world.assert_idle()
 
 
+def test_an_error_of_the_adapters_loses_no_sequence() -> None:
+    """Those that were looked at before it still wait, as those behind."""
+
+    class Raising(StubAdapters):
+        def acquire(self, seq: Sequence) -> Residency:
+            if seq.key[0] == "unknown":
+                raise KeyError(seq.key)
+            return super().acquire(seq)
+
+    world = World(adapters=Raising(load_steps=3, broken=["bad"]))
+    for name, adapter in (("cold", "x"), ("broken", "bad"), ("unknown", "y"), ("behind", "z")):
+        world.add(name, 5, adapter)
+    for _ in range(5):
+        with pytest.raises(KeyError):
+            world.step()
+        world.check_integrity()
+    world.end(next(seq for seq in world.live if seq.key[0] == "unknown"))
+    world.run()
+    assert world.failed == ["broken"]
+    assert sorted(world.finished) == ["behind", "cold"]
+    world.assert_idle()
+
+
 @pytest.mark.parametrize("max_overtaken", [0, 1, 5])
 def test_a_stream_for_a_hot_adapter_does_not_starve_a_cold_one(max_overtaken: int) -> None:
     """Two or more hot sequences run at any time, so that their adapter is never unpinned."""
