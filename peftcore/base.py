@@ -49,9 +49,12 @@ class BaseModule:
         return weight.t() if self.kind == "conv1d" else weight
 
     def bias(self) -> Tensor | None:
-        """b as `[out_features]` float32, or None."""
-        bias = getattr(self.module, "bias", None)
-        return bias.detach().to(torch.float32) if isinstance(bias, Tensor) else None
+        """b as `[out_features]` float32, or None. A buffer of that name is no bias (GPT-2's masks)."""
+        if isinstance(self.module, QuantLinear):
+            bias = self.module.bias
+        else:
+            bias = dict(self.module.named_parameters(recurse=False)).get("bias")
+        return None if bias is None else bias.detach().to(torch.float32)
 
 
 @dataclass(frozen=True)

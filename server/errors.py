@@ -1,6 +1,7 @@
 """What the server refuses, and as which HTTP status. The error tree:
 
     ServerError (500)
+    ├── AdapterLoadFailed   500   a registered adapter's files cannot be loaded
     ├── BadRequest          400   a field of the request is wrong
     │   └── ContextTooLong  400   the prompt does not fit the context
     ├── NotFound            404   no such model or adapter
@@ -33,6 +34,10 @@ class ServerError(Exception):
         self.message = message
         self.param = param
         self.code = code
+
+
+class AdapterLoadFailed(ServerError):
+    pass
 
 
 class BadRequest(ServerError):

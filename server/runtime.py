@@ -133,7 +133,11 @@ class Runtime:
                 if output is None:
                     raise Unavailable("the engine has stopped")
                 if output.error is not None:
-                    raise ServerError(f"the request failed: {output.error}") from output.error
+                    if isinstance(output.error, ServerError):
+                        raise output.error
+                    raise ServerError(
+                        "the request failed; the server's log has the details"
+                    ) from output.error
                 num_left -= output.finish_reason is not None
                 yield ChoiceDelta(
                     output.key[1],

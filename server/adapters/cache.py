@@ -25,6 +25,7 @@ from peftcore.arena import AdapterArena
 from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
 from server.engine.scheduler import Residency
 from server.engine.sequence import Sequence
+from server.errors import AdapterLoadFailed
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ SizeOf = Callable[[str], int]
 
 @dataclass(eq=False)
 class Entry:
-    """An adapter in the arena. `bound` is None while it loads."""
+    """An adapter in the arena. `bound` is None while it loads; `error` says why it could not."""
 
     digest: str
     offset: int
@@ -44,6 +45,7 @@ class Entry:
     pins: int = 0
     layout: Layout = ()
     bound: BoundAdapter | None = None
+    error: Exception | None = None
 
 
 @dataclass
@@ -133,7 +135,8 @@ class AdapterCache:
         self._wake = wake
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._doomed: set[str] = set()
-        self._failed: dict[str, Exception] = {}
+        self._pins: dict[tuple[str, int], list[Entry]] = {}
+        self._errors: dict[tuple[str, int], Exception] = {}
         self._done: deque[_Loaded] = deque()
         self._pool = ThreadPoolExecutor(1, "adapter-loader", initializer=yield_to_engine)
 
@@ -141,46 +144,39 @@ class AdapterCache:
 
     def acquire(self, seq: Sequence) -> Residency:
         """Pin all adapters of `seq`, or none; see `scheduler.Adapters`."""
-        digests = list(dict.fromkeys(use.digest for use in seq.adapters))
+        if not seq.adapters:
+            return "ready"
         if not seq.pinned:
-            if any(d in self._failed for d in digests):
+            try:
+                entries = self._pin([use.digest for use in seq.adapters])
+            except LookupError as exc:  # deleted, and the request's lease is gone: it is leaving
+                self._errors[seq.key] = exc
                 return "failed"
-            missing = [d for d in digests if d not in self._entries]
-            for digest in digests:
-                if digest in self._entries:
-                    self._entries[digest].pins += 1
-            if not self._reserve(missing):
-                for digest in digests:
-                    if digest in self._entries:
-                        self._entries[digest].pins -= 1
+            if entries is None:
                 return "full"
-            self.stats.num_hits += len(digests) - len(missing)
+            self._pins[seq.key] = entries
             seq.pinned = True
-        for digest in digests:
-            if digest not in self._entries:  # its load failed since
-                self.release(seq)
-                return "failed"
-            self._entries.move_to_end(digest)
-        ready = all(self._entries[d].bound is not None for d in digests)
-        return "ready" if ready else "loading"
+        entries = self._pins[seq.key]
+        error = next((entry.error for entry in entries if entry.error is not None), None)
+        if error is not None:
+            self._errors[seq.key] = error
+            return "failed"
+        for entry in entries:
+            self._entries.move_to_end(entry.digest)
+        return "ready" if all(entry.bound is not None for entry in entries) else "loading"
 
     def release(self, seq: Sequence) -> None:
         """Drop the pins of `seq`."""
-        if not seq.pinned:
-            return
+        self._errors.pop(seq.key, None)
         seq.pinned = False
-        for digest in dict.fromkeys(use.digest for use in seq.adapters):
-            entry = self._entries.get(digest)
-            if entry is None:
-                continue
+        for entry in self._pins.pop(seq.key, []):
             entry.pins -= 1
-            if entry.pins == 0 and digest in self._doomed:
-                self.drop(digest)
+            if entry.pins == 0 and entry.digest in self._doomed:
+                self.drop(entry.digest)
 
-    def error_of(self, seq: Sequence) -> Exception | None:
-        """Why an adapter of `seq` could not be loaded; asked once, after which it may be tried."""
-        errors = [self._failed.pop(use.digest, None) for use in seq.adapters]
-        return next((e for e in errors if e is not None), None)
+    def error_of(self, seq: Sequence) -> Exception:
+        """Why `acquire` said "failed" of a sequence that is not released yet."""
+        return self._errors[seq.key]
 
     def resident(self, digest: str) -> BoundAdapter:
         """The weights of a pinned adapter that is ready."""
@@ -200,8 +196,12 @@ class AdapterCache:
                 assert done.error is not None
                 logger.error("adapter %s cannot be loaded: %s", done.digest[:12], done.error)
                 self.stats.num_failures += 1
-                self._failed[done.digest] = done.error
+                # For those who have it pinned; the next one tries anew.
+                entry.error = AdapterLoadFailed(
+                    f"the adapter cannot be loaded: {done.error}", code="adapter_load_failed"
+                )
                 self._remove(entry)
+                self._doomed.discard(done.digest)
                 continue
             self.stats.num_loads += 1
             entry.layout = done.packed.layout
@@ -216,7 +216,6 @@ class AdapterCache:
     def drop(self, digest: str) -> None:
         """Forget an adapter; now, or when its load or its last pin ends."""
         self.host.drop(digest)
-        self._failed.pop(digest, None)
         entry = self._entries.get(digest)
         if entry is None:
             self._doomed.discard(digest)
@@ -232,6 +231,27 @@ class AdapterCache:
         if entry is not None:
             return "loading" if entry.bound is None else "device"
         return "host" if digest in self.host else "disk"
+
+    def _pin(self, digests: Seq[str]) -> list[Entry] | None:
+        """Pin all of `digests`, loading those that are not here; None, and no pin, if no room.
+
+        Raises LookupError if one is not registered any more.
+        """
+        missing = [digest for digest in digests if digest not in self._entries]
+        here = [self._entries[digest] for digest in digests if digest in self._entries]
+        for entry in here:
+            entry.pins += 1  # not to be evicted for one of the others
+        reserved = False
+        try:
+            reserved = self._reserve(missing)
+        finally:
+            if not reserved:
+                for entry in here:
+                    entry.pins -= 1
+        if not reserved:
+            return None
+        self.stats.num_hits += len(here)
+        return [self._entries[digest] for digest in digests]
 
     def _reserve(self, digests: Seq[str]) -> bool:
         """Make room for all of `digests` and start to load them, pinned once; or load none."""
@@ -304,11 +324,12 @@ class AdapterCache:
 
     def check_integrity(self, live: Seq[Sequence] = ()) -> None:
         """Raises AssertionError unless arena, entries and the pins of `live` sequences agree."""
+        assert set(self._pins) == {seq.key for seq in live if seq.pinned}, "pins without a sequence"
         pins: dict[str, int] = {}
-        for seq in live:
-            if seq.pinned:
-                for digest in dict.fromkeys(use.digest for use in seq.adapters):
-                    pins[digest] = pins.get(digest, 0) + 1
+        for entries in self._pins.values():
+            for entry in entries:
+                if entry.error is None:
+                    pins[entry.digest] = pins.get(entry.digest, 0) + 1
         assert {d: e.pins for d, e in self._entries.items() if e.pins} == pins, "pins differ"
         self.host.check_integrity()
         if not self.is_loading:

@@ -50,6 +50,7 @@ class Engine:
         self.sampler = sampler
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
+        self._outputs: list[StepOutput] = []  # of the step that is under way
         self._live: dict[tuple[str, int], tuple[Sequence, Detokenizer]] = {}
         #: Prompt positions found in the cache, and prompt positions in all, since the start.
         self.num_prefix_hit_tokens = 0
@@ -82,9 +83,10 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; empty where nothing could be scheduled (adapters are loading)."""
+        self._outputs = []
         self.cache.poll()
         batch = self.scheduler.schedule()
-        outputs = self._give_up(batch)
+        outputs = self._outputs = self._give_up(batch)
         if not batch.chunks:
             return outputs
         logits = self.runner.execute(batch)
@@ -96,12 +98,16 @@ class Engine:
         self.scheduler.computed(batch)
         if sampled:
             tokens = self.sampler.sample(logits, sampled)
-            outputs += [self._advance(s, t) for s, t in zip(sampled, tokens, strict=True)]
+            for seq, token in zip(sampled, tokens, strict=True):
+                outputs.append(self._advance(seq, token))
         return outputs
 
     def fail(self, error: Exception) -> list[StepOutput]:
-        """A step raised: end everything that was running, so that the next one starts clean."""
-        outputs = []
+        """A step raised: end everything that was running, so that the next one starts clean.
+
+        What the step had given before it raised is given too: those sequences may have ended.
+        """
+        outputs, self._outputs = self._outputs, []
         for seq in list(self.scheduler.running):
             outputs.append(StepOutput(seq.key, error=error))
             self._end(seq)

@@ -6,6 +6,7 @@ come yet; temperature; top_k; top_p; min_p. A row's draw depends on its seed, no
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as Seq
 
 import torch
@@ -87,8 +88,7 @@ class Sampler:
             if seq.params.seed is None:
                 generator.seed()
             else:
-                # Choices of one request share its seed and differ by their index.
-                generator.manual_seed((seq.params.seed + seq.key[1]) % (1 << 63))
+                generator.manual_seed(_choice_seed(seq.params.seed, seq.key[1]))
         return generator
 
     @staticmethod
@@ -141,3 +141,10 @@ def _keep_top(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
 
 def _column(like: Tensor, values: Seq[float]) -> Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+
+
+def _choice_seed(seed: int, index: int) -> int:
+    """Choices of one request share its seed; a hash keeps choice 1 of seed 1 from being choice 0
+    of seed 2."""
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

@@ -111,7 +111,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     #: Does the sequence hold a pin on its adapters?
     pinned: bool = False
-    #: Later requests that were admitted while this one waited for adapter memory.
+    #: Later requests that pinned adapters while this one waited for adapter memory.
     num_overtaken: int = 0
 
     def __post_init__(self) -> None:

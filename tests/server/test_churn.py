@@ -25,7 +25,7 @@ from peftcore.packing import PackedAdapter
 from server.adapters.manager import Lease
 from server.engine.scheduler import Batch
 from server.engine.sequence import SamplingParams
-from server.errors import NotFound, ServerError
+from server.errors import AdapterLoadFailed, NotFound, ServerError
 from server.runtime import Runtime
 from tests import tiny
 
@@ -332,7 +332,7 @@ def test_a_failing_step_ends_its_requests_only(world: World, runtime: Runtime) -
     runtime.engine.runner.execute = failing  # type: ignore[method-assign]
 
     async def main() -> None:
-        with pytest.raises(ServerError, match="out of memory"):
+        with pytest.raises(ServerError, match="the request failed"):
             await complete(runtime, runtime.adapters.lease("tiny"), PROMPTS[0])
         got = await complete(runtime, runtime.adapters.lease("tiny"), PROMPTS[0])
         assert got == [world.base[0]]
@@ -357,6 +357,40 @@ def test_a_damaged_file_fails_its_own_requests(world: World, runtime: Runtime) -
         await asyncio.to_thread(register, runtime, "bad", version)
         got = await complete(runtime, runtime.adapters.lease("bad"), PROMPTS[0])
         assert got == [version.answers[0]]
+
+    asyncio.run(main())
+    all_is_back(runtime)
+
+
+def test_all_who_wait_for_a_load_that_fails_are_told(world: World, runtime: Runtime) -> None:
+    digest = register(runtime, "bad", world.versions["lora-r4"][0])
+    (runtime.adapters.store.folder(digest) / "adapter_model.safetensors").write_bytes(b"damaged")
+
+    async def main() -> None:
+        waiting = [
+            complete(runtime, runtime.adapters.lease("bad"), PROMPTS[0], n=2) for _ in range(4)
+        ]
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+        assert all(isinstance(result, AdapterLoadFailed) for result in results), results
+
+    asyncio.run(main())
+    runtime.adapters.delete("bad")
+    all_is_back(runtime)
+
+
+def test_a_request_that_outlives_its_lease_fails_alone(world: World, runtime: Runtime) -> None:
+    """Its client left and its adapter was deleted before the engine came to it."""
+    version = world.versions["ia3"][0]
+    register(runtime, "gone", version)
+
+    async def main() -> None:
+        other = asyncio.create_task(complete(runtime, runtime.adapters.lease("tiny"), PROMPTS[2]))
+        lease = runtime.adapters.lease("gone")
+        lease.release()
+        await asyncio.to_thread(runtime.adapters.delete, "gone")
+        with pytest.raises(ServerError):
+            await complete(runtime, lease, PROMPTS[0])
+        assert await other == [world.base[2]]
 
     asyncio.run(main())
     all_is_back(runtime)
