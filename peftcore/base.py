@@ -49,7 +49,7 @@ class BaseModule:
         return weight.t() if self.kind == "conv1d" else weight
 
     def bias(self) -> Tensor | None:
-        """b as `[out_features]` float32, or None. A buffer of that name is no bias (GPT-2's masks)."""
+        """b as `[out_features]` float32, or None. A buffer of that name is a mask, not a bias."""
         if isinstance(self.module, QuantLinear):
             bias = self.module.bias
         else:

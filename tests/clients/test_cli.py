@@ -80,7 +80,7 @@ def test_errors_are_one_line(run: Run, server: Served) -> None:
     folder = server.make_adapter("lora-r4", 5)
     (folder / CONFIG).write_text("{}")
     refused = run("adapters", "push", "bad", str(folder), status=1)
-    assert refused.stderr.startswith("polypeft: config: peft_type")
+    assert refused.stderr.startswith("polypeft: peft_type")
     (folder / CONFIG).unlink()
     assert CONFIG in run("adapters", "push", "bad", str(folder), status=1).stderr
     assert run("chat", "hello", "-a", "poet=x", status=2).stderr
