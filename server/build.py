@@ -46,6 +46,7 @@ def build_runtime(settings: Settings) -> Runtime:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     folder = resolve_model(settings.model)
+    logger.info("base model %s from %s", folder.name, folder.path)
     loaded = load_model(folder.path, settings.quantization, device)
     tokenizer = Tokenizer.from_folder(folder.path)
     return assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
