@@ -423,7 +423,7 @@ def test_a_changed_copy_is_refused(lm_head: SavedAdapter, llama_world: World) ->
         "another model's": torch.randn_like(weight) * weight.std(),
         "zeros": torch.zeros_like(weight),
         "permuted": weight.flip(0),
-        "scaled": weight * 1.5,
+        "scaled": weight * 1.25,
     }
     for name, other in others.items():
         error = refusal(lm_head.changed({LM_HEAD_COPY: other}), llama_world.base)
@@ -485,6 +485,8 @@ def test_what_is_computed_is_in_the_digest(name: str, world: World) -> None:
         variants.append(saved.changed({key: None, key + "x": saved.tensors[key]}))
         variants.append(saved.changed({key: saved.tensors[key].to(torch.bfloat16)}))
     variants.append(saved.changed({"zz": torch.zeros(1)}))
+    key = next(iter(saved.tensors))  # the same bytes, read as another dtype
+    variants.append(saved.changed({key: saved.tensors[key].bfloat16().view(torch.float16)}))
     config = saved.config
     changes: list[dict[str, Any]]
     match config["peft_type"]:

@@ -38,10 +38,14 @@ def random_layer(shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]
     return weight, torch.randn(shape[0], generator=g)
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
+#: Dequantized weights a tile; 6400 are a number of rows that is no multiple of a block.
+TILE_ELEMENTS = {"one tile": linear._TILE_ELEMENTS, "many tiles": 64, "uneven tiles": 6400}
+
+
+@pytest.fixture(params=TILE_ELEMENTS)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "many tiles":
-        monkeypatch.setattr(linear, "_TILE_ELEMENTS", 64)
+    if request.param != "one tile":
+        monkeypatch.setattr(linear, "_TILE_ELEMENTS", TILE_ELEMENTS[request.param])
         monkeypatch.setattr(linear, "_scratch", type(linear._scratch)())
     return request.param
 

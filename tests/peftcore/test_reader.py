@@ -133,6 +133,19 @@ def test_the_shared_broken_files(path: Path) -> None:
         assert refusal(path).key == SHARED_KEYS.get(path.stem, "weights")
 
 
+def test_what_was_checked_before_is_not_searched_for_nan_again(tmp_path: Path) -> None:
+    """A file of the store; everything else about it is checked still."""
+    path = tmp_path / "a.safetensors"
+    for name, (content, key) in BROKEN.items():
+        path.write_bytes(content)
+        if "nan" in name or "inf" in name:
+            assert list(TensorReader.from_file(path, check_values=False).keys()) == ["a"]
+        else:
+            with pytest.raises(CheckpointError) as caught:
+                TensorReader.from_file(path, check_values=False)
+            assert caught.value.key == key, name
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.safetensors").key == "weights"
     assert refusal(tmp_path).key == "weights"

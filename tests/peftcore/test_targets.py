@@ -69,6 +69,11 @@ LLAMA: dict[str, dict[str, Any]] = {
         "layers_to_transform": [2],
         "layers_pattern": ["h", "model.layers"],
     },
+    "layers by no name": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [2],
+        "layers_pattern": "",
+    },
     "layers by regex": {
         "target_modules": ["q_proj"],
         "layers_to_transform": [0],
