@@ -289,7 +289,8 @@ class AdapterManager:
         digest = record.digest
         with self._writer:
             with self._lock:
-                self._leases[digest] += 1  # nobody drops it until the name holds it
+                self._leases[digest] += 1  # nobody drops it until the name holds it, or this fails
+                self._records.setdefault(digest, record)
             try:
                 with self.store.staging() as staged:
                     (staged / CONFIG_NAME).write_bytes(config)
@@ -299,7 +300,6 @@ class AdapterManager:
                 alias = self.store.alias(name)
                 assert alias is not None
                 with self._lock:
-                    self._records.setdefault(digest, record)
                     self._aliases[name] = alias
                     if previous is not None:
                         self._drop_if_unused(previous)

@@ -396,6 +396,24 @@ def test_a_request_that_outlives_its_lease_fails_alone(world: World, runtime: Ru
     all_is_back(runtime)
 
 
+def test_a_registration_that_fails_late_leaves_nothing(
+    world: World, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are stored, and then the registry cannot take the name."""
+    store = runtime.adapters.store
+
+    def broken(name: str, digest: str) -> str | None:
+        assert store.folder(digest).exists()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store, "set_alias", broken)
+    with pytest.raises(OSError, match="disk full"):
+        register(runtime, "never", world.versions["ia3"][0])
+    all_is_back(runtime)
+    assert not store.unreferenced()
+    assert not list((store.folder("0" * 64)).parent.iterdir())
+
+
 def test_adapters_survive_a_restart(world: World, tmp_path: Path) -> None:
     first = tiny.runtime(world.model, tmp_path)
     version = world.versions["ia3"][0]
