@@ -6,6 +6,7 @@ wrong, a stale or a wrongly shared slot shows; the next token depends on all of 
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
