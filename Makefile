@@ -27,6 +27,10 @@ test: install
 test-slow: install
 	$(BIN)/pytest -q -m slow
 
+# The example adapters, trained anew: make examples DATA=folder/of/the/data/sets (minutes each).
+examples: install
+	examples/train.sh $(DATA)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from clients.client import CONFIG_NAME, DEFAULT_URL, WEIGHTS_NAME, Adapter, Client
+from clients.client import CONFIG_NAME, DEFAULT_URL, WEIGHTS_NAME, Adapter, Client, weights_path
 from clients.errors import ClientError
 
 app = typer.Typer(
@@ -94,7 +94,7 @@ def push(
         typer.Argument(
             exists=True,
             file_okay=False,
-            help=f"A folder as PEFT saves it: {CONFIG_NAME} and {WEIGHTS_NAME}.",
+            help=f"A folder as PEFT saves it, {CONFIG_NAME} and {WEIGHTS_NAME}, or AdapterHub.",
         ),
     ],
 ) -> None:
@@ -102,7 +102,7 @@ def push(
     client: Client = context.obj
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with _errors_to_exit():
-        size = (folder / WEIGHTS_NAME).stat().st_size
+        size = weights_path(folder).stat().st_size
         with Progress(
             *columns,
             TransferSpeedColumn(),

@@ -26,6 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+HUB_WEIGHTS_NAME = "adapter.safetensors"
 
 Message = Mapping[str, str]
 
@@ -189,19 +190,21 @@ class Adapters:
     def push(
         self, name: str, folder: Path, on_progress: Callable[[int], None] | None = None
     ) -> Adapter:
-        """Upload an adapter as PEFT saved it, or point its name at other weights.
+        """Upload an adapter as PEFT or AdapterHub saved it, or point its name at other weights.
 
         Args:
             name: what requests will call it.
-            folder: holds adapter_config.json and adapter_model.safetensors.
+            folder: holds adapter_config.json and adapter_model.safetensors, or AdapterHub's
+                adapter.safetensors.
             on_progress: called with the bytes of the weights that were sent since the last call.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
         """
-        with open(folder / CONFIG_NAME, "rb") as config, open(folder / WEIGHTS_NAME, "rb") as file:
+        path = weights_path(folder)
+        with open(folder / CONFIG_NAME, "rb") as config, open(path, "rb") as file:
             weights = file if on_progress is None else _Watched(file, on_progress)
-            files = {"config": (CONFIG_NAME, config), "weights": (WEIGHTS_NAME, weights)}
+            files = {"config": (CONFIG_NAME, config), "weights": (path.name, weights)}
             answer = self._client._json("POST", "/v1/adapters", data={"name": name}, files=files)
         return _adapter(answer)
 
@@ -215,6 +218,12 @@ class Adapters:
     def remove(self, name: str) -> Adapter:
         """Delete the name; requests that run with it finish."""
         return _adapter(self._client._json("DELETE", f"/v1/adapters/{quote(name, safe='')}"))
+
+
+def weights_path(folder: Path) -> Path:
+    """Where PEFT would have saved an adapter's weights, or AdapterHub has."""
+    saved_by_hub = folder / HUB_WEIGHTS_NAME
+    return saved_by_hub if saved_by_hub.is_file() else folder / WEIGHTS_NAME
 
 
 class _Watched:

@@ -23,7 +23,7 @@ import httpx
 
 from loadtests.adapters import make_lora
 from loadtests.local_server import local_server
-from server.models.sources import resolve_model
+from peftcore.sources.resolve import resolve_model
 
 _WORDS = (Path(__file__).parent / "words.txt").read_text().split()
 

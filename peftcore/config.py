@@ -12,20 +12,25 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import regex
-from pydantic import ConfigDict, ValidationError
+import torch
+from pydantic import ConfigDict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
+from peftcore.checkpoint.reader import PREFIX
 from peftcore.errors import ConfigError, UnsupportedError
+from peftcore.parts import SHARED_PREFIX, ModulePart, Parts, Prompt, ReplacedModule, Shared
 
 if TYPE_CHECKING:
     from peftcore.base import BaseModel
     from peftcore.checkpoint.reader import TensorReader
-    from peftcore.program import Primitive
+    from peftcore.primitives import Primitive
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,6 +44,9 @@ PATTERN_SECONDS = 5.0
 
 #: Longest pattern that is compiled, in characters.
 MAX_PATTERN_LEN = 1 << 14
+
+#: Heads that a classification task trains whole, whatever `modules_to_save` says (PEFT's names).
+HEAD_NAMES = ("classifier", "score")
 
 strict = ConfigDict(strict=True, extra="forbid", validate_assignment=False, allow_inf_nan=False)
 
@@ -56,6 +64,8 @@ class AdapterConfig(ABC):
     training_only: ClassVar[frozenset[str]] = frozenset()
     #: Keys that change what the adapter computes and are not supported: key → what to do instead.
     refused: ClassVar[dict[str, str]] = {}
+    #: Is a classification task's head trained too, and whole?
+    trains_head: ClassVar[bool] = True
 
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -63,6 +73,7 @@ class AdapterConfig(ABC):
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
+    modules_to_save: list[str] | None = None
 
     _inert: ClassVar[frozenset[str]] = frozenset(
         {
@@ -75,7 +86,85 @@ class AdapterConfig(ABC):
         }
     )
 
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _plain_task(cls, value: Any) -> Any:
+        return value.value if isinstance(value, Enum) else value
+
+    @field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _plain_list(cls, value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | tuple | frozenset) else value
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Does the method put virtual tokens before the sequence?"""
+        return False
+
     @abstractmethod
+    def parts(self, base: BaseModel) -> Iterator[ModulePart | Prompt | Shared]:
+        """What an adapter of this config is on `base`, one part after another.
+
+        Each is initialized by who takes it before the next is made: random numbers are then drawn
+        in PEFT's order. `modules_to_save` are not among them; `build` adds those.
+
+        Raises:
+            ConfigError, UnsupportedError: the config does not fit `base`.
+        """
+
+    def build(self, base: BaseModel) -> Parts:
+        """A new adapter on `base`, initialized as PEFT does; under the meta device an empty one.
+
+        Raises as `parts`.
+        """
+        parts = Parts(embeddings=base.embeddings)
+        for part in self.parts(base):
+            if torch.get_default_device().type != "meta":
+                part.reset_parameters()
+            parts.add(part)
+        for path in self.saved_modules(base):
+            prefix = PREFIX if parts.prompt is None else SHARED_PREFIX
+            parts.modules.append(ReplacedModule(base.modules[path], prefix))
+        taken = set()
+        for part in parts.modules:
+            if part.module.path in taken:
+                raise ConfigError(
+                    "target_modules", f"{part.module.path} is also trained whole, or its tokens are"
+                )
+            taken.add(part.module.path)
+        return parts
+
+    def completed(self, base: BaseModel) -> Self:
+        """This config with what PEFT fills in from the base (default targets, sizes)."""
+        return self
+
+    def trained(self, parts: Parts) -> Self:
+        """This config as it is saved after training; AdaLoRA's ranks have changed then."""
+        return self
+
+    def as_saved(self, saved: AdapterConfig) -> Self:
+        """This config with what training had changed when `saved`, a checkpoint's, was written."""
+        return self
+
+    def regularization(self, parts: Parts) -> Tensor | None:
+        """What the method adds to the loss in training; None where it adds nothing."""
+        return None
+
+    def saved_modules(self, base: BaseModel) -> list[str]:
+        """The paths of the modules that `modules_to_save` names, by their ending as in PEFT.
+
+        Raises ConfigError where a name that is not a classification task's own matches nothing.
+        """
+        found: dict[str, None] = {}
+        for name in self.modules_to_save or []:
+            paths = [path for path in base.modules if path.endswith(name)]
+            if not paths and name not in HEAD_NAMES:
+                raise ConfigError(
+                    "modules_to_save", f"{name!r} matches no module of the base model"
+                )
+            found |= dict.fromkeys(paths)
+        return [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
+
     def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
         """Turn the trained weights into serving primitives.
 
@@ -86,6 +175,12 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError, UnsupportedError, CheckpointError: the adapter does not fit `base`.
         """
+        with torch.device("meta"):
+            parts = self.build(base)
+        for part in parts.all():
+            part.requires_grad_(False)
+        parts.load(tensors)
+        return parts.primitives()
 
     def to_dict(self) -> dict[str, Any]:
         """The config in PEFT's JSON form, keys sorted."""
@@ -105,6 +200,15 @@ class AdapterConfig(ABC):
             for k, v in self.to_dict().items()
             if k not in skip
         }
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, subfolder: str | None = None
+    ) -> AdapterConfig:
+        """The config in a folder or a repository of the hub. Raises as `config_from_json`."""
+        from peftcore.checkpoint.peft_format import locate, read_config
+
+        return read_config(locate(name_or_path, subfolder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`."""
@@ -127,15 +231,9 @@ _REFUSED_METHODS: dict[str, str] = {
     "POLY": "it routes between adapters at run time: name a mixture in the request instead",
     "ADAPTION_PROMPT": "it gates attention inside the layer: train prefix tuning instead",
     **dict.fromkeys(
-        ["ADALORA", "LOHA", "LOKR", "VERA", "VBLORA", "HRA", "MISS", "DELORA", "GRALORA"],
-        "it compiles to low-rank updates, which this version does for LORA only: "
-        "convert it to LoRA",
+        ["VBLORA", "HRA", "MISS", "DELORA", "GRALORA"],
+        "its low-rank updates are not implemented in this version: convert it to LoRA",
     ),
-    "OFT": "block-diagonal input rotations are not implemented in this version",
-    "LN_TUNING": "per-row norm weights are not implemented in this version",
-    "TRAINABLE_TOKENS": "row overrides of embeddings are not implemented in this version",
-    "MULTITASK_PROMPT_TUNING": "multitask prompts are not implemented in this version: "
-    "export the task's prompt as PROMPT_TUNING",
 }
 
 
@@ -156,18 +254,19 @@ def _is_neutral(value: Any) -> bool:
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> AdapterConfig:
-    """Build the method's config from PEFT's JSON.
+    """Build the method's config from PEFT's JSON, or AdapterHub's.
 
     Raises:
         ConfigError: `peft_type` is missing or unknown, or a field has the wrong type.
         UnsupportedError: a method or an option that is known and not supported.
     """
+    from peftcore.checkpoint import adapterhub_format
+
+    if adapterhub_format.is_adapterhub(raw):
+        raw = adapterhub_format.plain_config(raw)
     peft_type = raw.get("peft_type")
     if not isinstance(peft_type, str):
-        hint = ""
-        if "config" in raw and "model_type" in raw:
-            hint = "; this looks like an AdapterHub config, which is not supported yet"
-        raise ConfigError("peft_type", f"required, one of {', '.join(supported_methods())}{hint}")
+        raise ConfigError("peft_type", f"required, one of {', '.join(supported_methods())}")
     cls = _REGISTRY.get(peft_type)
     if cls is None:
         supported = f"Supported methods: {', '.join(supported_methods())}"
@@ -228,6 +327,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is given twice")
         values[key] = value
     return values
+
+
+class TaskType(StrEnum):
+    """The tasks of PEFT that are supported here."""
+
+    SEQ_CLS = "SEQ_CLS"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class PatternMatcher:

@@ -8,14 +8,20 @@ what it did before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from peftcore.base import BaseModel
-from peftcore.ops import LowRankPart, VectorPart, select
-from peftcore.packing import BoundAdapter
+from peftcore.branches import branches_of
+from peftcore.errors import UnsupportedError
+from peftcore.ops import BlocksPart, LowRankPart, MapPart, RowsPart, VectorPart, select
+from peftcore.ops.bottleneck import BottleneckPart, post_norm, pre_norm
+from peftcore.packing import BoundAdapter, ModuleWeights
+from peftcore.program import surface_of
 
 
 class Segment(NamedTuple):
@@ -53,85 +59,266 @@ class AdapterBatch(NamedTuple):
 
 
 class AdapterHost:
-    """What the wrappers of one model share: the batch that is being computed."""
+    """What the wrappers of one model share: the batch that is being computed.
+
+    Attributes:
+        touched: the paths of the modules on which some adapter of the batch acts.
+        num_rows: the token rows of the running pass, as the input embedding saw them.
+        streams: path of a norm → its input `[rows, dim]`, kept until the branch behind it ends,
+            where a bottleneck reads it.
+    """
 
     def __init__(self) -> None:
+        self.num_rows = 0
+        self.streams: dict[str, Tensor] = {}
         self.batch = AdapterBatch()
+
+    @property
+    def batch(self) -> AdapterBatch:
+        return self._batch
+
+    @batch.setter
+    def batch(self, batch: AdapterBatch) -> None:
+        self._batch = batch
+        adapters = {segment.adapter for segment in (*batch.tokens, *batch.outputs)}
+        self.touched: frozenset[str] = frozenset().union(*(a.modules for a in adapters))
+
+
+class Part(NamedTuple):
+    """At one module: rows [start, end) meet `weights`, what adds times `factor`."""
+
+    start: int
+    end: int
+    weights: ModuleWeights
+    factor: float
 
 
 class AdapterModule(nn.Module):
-    """A linear or norm module of the base, with the batch's primitives.
+    """A module of the base under the batch's primitives; its attributes are the base module's.
 
-    y = (W (x ⊙ v_in) + b + Σ weight · scale · B (A (x ⊙ v_in))) ⊙ v_out + Σ weight · Δb, per row.
+    The order of the primitives is `peftcore.program`'s.
     """
 
-    def __init__(self, base: nn.Module, path: str, host: AdapterHost, is_output: bool) -> None:
+    def __init__(
+        self, base: nn.Module, path: str, host: AdapterHost, is_output: bool = False
+    ) -> None:
         super().__init__()
         self.base = base
         self.path = path
         self.is_output = is_output
         self._host = host
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not there yet
+                raise
+            return getattr(self.base, name)
+
+    def parts(self) -> Sequence[Part]:
+        """What the batch does here; nearly free where that is nothing."""
+        if self.path not in self._host.touched:
+            return ()
+        batch = self._host.batch
+        return [
+            Part(start, end, weights, factor)
+            for start, end, adapter, factor in (batch.outputs if self.is_output else batch.tokens)
+            if (weights := adapter.modules.get(self.path)) is not None
+        ]
+
+    def through_bottlenecks(self, y: Tensor, parts: Sequence[Part]) -> Tensor:
+        """The output of a branch before the model adds it to the stream."""
+        found = _bottlenecks(parts)
+        if not found:
+            return y
+        streams = self._host.streams
+        paths = {part.weights.stream for part in found if part.weights.stream is not None}
+        stream = streams[paths.pop()] if paths else None
+        result = pre_norm(_rows(y), stream, found).view(y.shape)
+        for part in found:
+            streams.pop(part.weights.stream or "", None)
+        return result
+
+
+def _bottlenecks(parts: Sequence[Part]) -> list[BottleneckPart]:
+    return [
+        BottleneckPart(start, end, weights.bottleneck)
+        for start, end, weights, _ in parts
+        if weights.bottleneck is not None
+    ]
+
+
+class AdapterBranch(AdapterModule):
+    """A module that is nothing but the end of a branch: a dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[1, rows, dim]`; returns the same."""
+        return self.through_bottlenecks(self.base(x), self.parts())
+
+
+class AdapterAddNorm(AdapterModule):
+    """A module of BERT's kind that ends a branch: linear map, dropout, sum, norm."""
+
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        """x: `[1, rows, in]`; stream: `[1, rows, dim]`; returns as stream."""
+        found = _bottlenecks(self.parts())
+        if not found:
+            result: Tensor = self.base(x, stream)
+            return result
+        base: Any = self.base
+        return post_norm(base.dropout(base.dense(x)), stream, base.LayerNorm, found)
+
+
+class AdapterLinear(AdapterModule):
+    """A linear module, plain, transposed (Conv1D) or quantized."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x: `[1, rows, in]`, or from a model that folds its batch `[rows, in]`; returns the same
         with `out`."""
-        batch = self._host.batch
-        segments = batch.outputs if self.is_output else batch.tokens
-        low_rank: list[LowRankPart] = []
+        parts = self.parts()
+        if not parts:
+            return self.base(x)
+        rotations: list[BlocksPart] = []
         input_scales: list[VectorPart] = []
+        overrides: list[MapPart] = []
+        low_rank: list[LowRankPart] = []
         output_scales: list[VectorPart] = []
         biases: list[VectorPart] = []
-        for start, end, adapter, weight in segments:
-            weights = adapter.modules.get(self.path)
-            if weights is None:
-                continue
-            if weights.low_rank is not None:
-                a_t, b_t, scale = weights.low_rank
-                low_rank.append(LowRankPart(start, end, a_t, b_t, weight * scale))
+        columns: list[RowsPart] = []
+        for start, end, weights, factor in parts:
+            if weights.rotation is not None:
+                rotations.append(BlocksPart(start, end, weights.rotation))
             if weights.input_scale is not None:
                 input_scales.append(VectorPart(start, end, weights.input_scale))
+            if weights.override is not None:
+                overrides.append(MapPart(start, end, *weights.override))
+            if weights.low_rank is not None:
+                a_t, b_t, scale = weights.low_rank
+                low_rank.append(LowRankPart(start, end, a_t, b_t, factor * scale))
             if weights.output_scale is not None:
                 output_scales.append(VectorPart(start, end, weights.output_scale))
             if weights.bias is not None:
-                biases.append(VectorPart(start, end, weights.bias, weight))
+                biases.append(VectorPart(start, end, weights.bias, factor))
+            if weights.rows is not None:
+                columns.append(RowsPart(start, end, *weights.rows))
 
         ops = select(x.device)
-        if input_scales:
+        if rotations or input_scales:
             x = x.clone()
+            ops.rotate_(_rows(x), rotations)
             ops.scale_(_rows(x), input_scales)
-        y: Tensor = self.base(x)
-        if low_rank:
-            ops.add_low_rank_(_rows(y), _rows(x), low_rank)
-        if output_scales:
-            ops.scale_(_rows(y), output_scales)
-        if biases:
-            ops.add_(_rows(y), biases)
-        return y
+        result: Tensor = self.base(x)
+        x, y = _rows(x), _rows(result)
+        ops.set_linear_(y, x, overrides)
+        ops.add_low_rank_(y, x, low_rank)
+        ops.scale_(y, output_scales)
+        ops.add_(y, biases)
+        if columns:
+            ops.set_columns_(y, x, columns, self.base.bias)
+        return self.through_bottlenecks(result, parts)
+
+
+class AdapterNorm(AdapterModule):
+    """A norm: a module that computes from each row's features with a weight for each feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[1, rows, dim]` or `[rows, dim]`; at a norm of each head also `[1, rows, heads, dim]`
+        or `[1, heads, rows, dim]`. Returns the same."""
+        result: Tensor = self.base(x)
+        parts = self.parts()
+        if any(part.weights.is_stream for part in parts):
+            self._host.streams[self.path] = _rows(x)
+            parts = [p for p in parts if p.weights.bias is not None or p.weights.override]
+        if not parts:
+            return result
+        dim = self._row_dim(x)
+        x, y = x.movedim(dim, 0), result.movedim(dim, 0)
+        for start, end, weights, _ in parts:
+            if weights.override is not None:
+                y[start:end] = self._overridden(x[start:end], *weights.override)
+        select(x.device).add_(
+            y,
+            [
+                VectorPart(start, end, weights.bias, factor)
+                for start, end, weights, factor in parts
+                if weights.bias is not None
+            ],
+        )
+        return result
+
+    def _overridden(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """By the base's own formula, which knows an epsilon and whether the weight is around 0."""
+        own = dict(self.base.named_parameters(recurse=False))
+        given: dict[str, Any] = {"weight": weight.to(own["weight"].dtype)}
+        if "bias" in own:
+            given["bias"] = None if bias is None else bias.to(own["bias"].dtype)
+        normed: Tensor = functional_call(self.base, given, (x,))
+        return normed
+
+    def _row_dim(self, x: Tensor) -> int:
+        """The dimension of x that counts the batch's rows.
+
+        Heads may stand before or behind it. As many rows as heads are told apart by memory: the
+        projection before wrote a row's heads together, so the rows have the larger stride.
+        """
+        num_rows = self._host.num_rows
+        dims = [dim for dim in range(x.dim() - 1) if x.shape[dim] == num_rows]
+        if not dims:
+            raise RuntimeError(
+                f"{self.path}: no dimension of {tuple(x.shape)} counts {num_rows} rows"
+            )
+        return max(dims, key=x.stride)
+
+
+class AdapterEmbedding(AdapterModule):
+    """An embedding; the input embedding with the batch's virtual tokens in their rows.
+
+    Attributes:
+        scale: what the base multiplies the rows of its weight with.
+    """
+
+    def __init__(self, base: nn.Module, path: str, host: AdapterHost, is_input: bool) -> None:
+        super().__init__(base, path, host)
+        self.is_input = is_input
+        scale = getattr(base, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            assert isinstance(base.weight, Tensor)
+            scale = scale.to(base.weight.dtype).item()
+        self.scale: float = scale
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: `[1, rows]`; returns `[1, rows, dim]`."""
+        hidden: Tensor = self.base(token_ids)
+        parts = self.parts()
+        if parts:
+            self._add_parts(hidden.view(-1, hidden.shape[-1]), token_ids.view(-1), parts)
+        if self.is_input:
+            self._host.num_rows = token_ids.numel()
+            for start, end, rows in self._host.batch.virtual:
+                hidden[0, start:end] = rows
+        return hidden
+
+    def _add_parts(self, y: Tensor, token_ids: Tensor, parts: Sequence[Part]) -> None:
+        low_rank: list[LowRankPart] = []
+        rows: list[RowsPart] = []
+        for start, end, weights, factor in parts:
+            if weights.override is not None:
+                weight, _ = weights.override
+                y[start:end] = F.embedding(token_ids[start:end], weight) * self.scale
+            if weights.low_rank is not None:
+                a_t, b_t, scale = weights.low_rank
+                low_rank.append(LowRankPart(start, end, a_t, b_t, factor * scale * self.scale))
+            if weights.rows is not None:
+                rows.append(RowsPart(start, end, *weights.rows, self.scale))
+        ops = select(y.device)
+        ops.add_low_rank_of_ids_(y, token_ids, low_rank)
+        ops.set_rows_of_ids_(y, token_ids, rows)
 
 
 def _rows(x: Tensor) -> Tensor:
     """`x` as `[rows, features]`, sharing its memory."""
     return x.view(-1, x.shape[-1])
-
-
-class AdapterEmbedding(nn.Module):
-    """The input embedding, with the batch's virtual tokens in their rows."""
-
-    def __init__(self, base: nn.Module, host: AdapterHost) -> None:
-        super().__init__()
-        self.base = base
-        self._host = host
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids: `[1, rows]`; returns `[1, rows, hidden]`."""
-        hidden: Tensor = self.base(token_ids)
-        for start, end, rows in self._host.batch.virtual:
-            hidden[0, start:end] = rows
-        return hidden
 
 
 def attach(model: PreTrainedModel, base: BaseModel) -> AdapterHost:
@@ -142,14 +329,26 @@ def attach(model: PreTrainedModel, base: BaseModel) -> AdapterHost:
     """
     host = AdapterHost()
     embedding = model.get_input_embeddings()
+    try:
+        branches = {branch.path: branch for branch in branches_of(base)}
+    except UnsupportedError:  # check_fits lets no bottleneck through then
+        branches = {}
     for module in base.modules.values():
-        wrapper: nn.Module
-        if module.module is embedding:
-            wrapper = AdapterEmbedding(embedding, host)
-        elif module.is_linear or module.bias() is not None:
-            wrapper = AdapterModule(module.module, module.path, host, module.is_output)
+        surface = surface_of(module)
+        wrapper: AdapterModule
+        if module.module is embedding or surface == "embedding":
+            is_input = module.module is embedding
+            wrapper = AdapterEmbedding(module.module, module.path, host, is_input)
+        elif surface == "linear":
+            wrapper = AdapterLinear(module.module, module.path, host, module.is_output)
+        elif surface == "norm":
+            wrapper = AdapterNorm(module.module, module.path, host)
+        elif module.path in branches:
+            kind = AdapterBranch if branches[module.path].stream else AdapterAddNorm
+            wrapper = kind(module.module, module.path, host)
         else:
             continue
         parent, _, name = module.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, wrapper)
+        owner = model.get_submodule(parent)
+        setattr(owner.base if isinstance(owner, AdapterModule) else owner, name, wrapper)
     return host

@@ -13,17 +13,23 @@ import torch
 from torch import Tensor
 
 from peftcore.arena import aligned
-from peftcore.program import (
-    AdapterProgram,
+from peftcore.primitives import (
     BiasDelta,
+    Bottleneck,
+    InputRotation,
     InputScale,
     LowRank,
+    ModuleOverride,
+    ModulePrimitive,
     OutputScale,
     PrefixKV,
     Primitive,
+    RowOverride,
     VirtualTokens,
     tensors_of,
+    with_tensors,
 )
+from peftcore.program import AdapterProgram
 
 #: Per primitive: the primitive with its tensors on the meta device, and their offsets in elements.
 Layout = Sequence[tuple[Primitive, tuple[int, ...]]]
@@ -46,13 +52,21 @@ class PackedAdapter:
 class ModuleWeights:
     """What one adapter does at one module; views into the arena.
 
-    low_rank: Aᵀ `[in, rank]`, Bᵀ `[rank, out]` and the factor; scales and bias `[in]` or `[out]`.
+    low_rank: Aᵀ `[in, rank]`, Bᵀ `[rank, out]` and the factor; scales and bias `[in]` or `[out]`;
+    rotation `[num_blocks, b, b]`; override: the weight and the bias or None, as `ModuleOverride`
+    has them; rows: ids `[k]` int64, not in the arena, and the rows `[k, dim]`; bottleneck: itself,
+    its tensors being views; is_stream: a bottleneck at another module reads what this one is given.
     """
 
     low_rank: tuple[Tensor, Tensor, float] | None = None
     input_scale: Tensor | None = None
     output_scale: Tensor | None = None
     bias: Tensor | None = None
+    rotation: Tensor | None = None
+    override: tuple[Tensor, Tensor | None] | None = None
+    rows: tuple[Tensor, Tensor] | None = None
+    bottleneck: Bottleneck | None = None
+    is_stream: bool = False
 
 
 @dataclass(eq=False)
@@ -76,6 +90,7 @@ def packed_elements(program: AdapterProgram) -> int:
     return sum(aligned(t.numel()) for p in program.primitives for t in tensors_of(p))
 
 
+@torch.no_grad()
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = False) -> PackedAdapter:
     """Lay the program out in one host buffer of `dtype`."""
     data = torch.zeros(packed_elements(program), dtype=dtype, pin_memory=pin_memory)
@@ -87,59 +102,50 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = Fals
             data[end : end + tensor.numel()] = tensor.flatten()
             offsets.append(end)
             end += aligned(tensor.numel())
-        layout.append((_shape_only(primitive), tuple(offsets)))
+        shapes = [torch.empty_like(t, device="meta") for t in tensors_of(primitive)]
+        layout.append((with_tensors(primitive, shapes), tuple(offsets)))
     return PackedAdapter(program.digest, data, layout)
-
-
-def _shape_only(primitive: Primitive) -> Primitive:
-    def meta(t: Tensor) -> Tensor:
-        return torch.empty_like(t, device="meta")
-
-    match primitive:
-        case LowRank(module=m, a=a, b=b, scale=s):
-            return LowRank(m, meta(a), meta(b), s)
-        case InputScale(module=m, v=v):
-            return InputScale(m, meta(v))
-        case OutputScale(module=m, v=v):
-            return OutputScale(m, meta(v))
-        case BiasDelta(module=m, b=b):
-            return BiasDelta(m, meta(b))
-        case PrefixKV(layer=i, keys=k, values=v):
-            return PrefixKV(i, meta(k), meta(v))
-        case VirtualTokens(rows=rows):
-            return VirtualTokens(meta(rows))
 
 
 def bind(digest: str, layout: Layout, buffer: Tensor, offset: int) -> BoundAdapter:
     """The views of an adapter that lies in `buffer` at `offset`."""
     bound = BoundAdapter(digest)
-
-    def views(primitive: Primitive, offsets: tuple[int, ...]) -> list[Tensor]:
-        return [
+    for primitive, offsets in layout:
+        views = [
             buffer[offset + o : offset + o + t.numel()].view(t.shape)
             for t, o in zip(tensors_of(primitive), offsets, strict=True)
         ]
-
-    for primitive, offsets in layout:
-        tensors = views(primitive, offsets)
-        match primitive:
-            case PrefixKV(layer=layer):
-                bound.prefix[layer] = (tensors[0], tensors[1])
-                continue
-            case VirtualTokens():
-                bound.virtual_tokens = tensors[0]
-                continue
-        weights = bound.modules.setdefault(primitive.module, ModuleWeights())
-        match primitive:
-            case LowRank(scale=scale):
-                weights.low_rank = (tensors[0].t(), tensors[1].t(), scale)
-            case InputScale():
-                weights.input_scale = tensors[0]
-            case OutputScale():
-                weights.output_scale = tensors[0]
-            case BiasDelta():
-                weights.bias = tensors[0]
+        match with_tensors(primitive, views):
+            case PrefixKV(layer=layer, keys=keys, values=values):
+                bound.prefix[layer] = (keys, values)
+            case VirtualTokens(rows=rows):
+                bound.virtual_tokens = rows
+            case at_module:
+                weights = bound.modules.setdefault(at_module.module, ModuleWeights())
+                _add(weights, at_module, buffer.device)
+                if isinstance(at_module, Bottleneck) and at_module.stream is not None:
+                    bound.modules.setdefault(at_module.stream, ModuleWeights()).is_stream = True
     return bound
+
+
+def _add(weights: ModuleWeights, primitive: ModulePrimitive, device: torch.device) -> None:
+    match primitive:
+        case LowRank(a=a, b=b, scale=scale):
+            weights.low_rank = (a.t(), b.t(), scale)
+        case InputRotation(blocks=blocks):
+            weights.rotation = blocks
+        case InputScale(v=v):
+            weights.input_scale = v
+        case OutputScale(v=v):
+            weights.output_scale = v
+        case BiasDelta(b=b):
+            weights.bias = b
+        case ModuleOverride(weight=weight, bias=bias):
+            weights.override = (weight, bias)
+        case RowOverride(ids=ids, rows=rows):
+            weights.rows = (torch.tensor(ids, device=device), rows)
+        case Bottleneck():
+            weights.bottleneck = primitive
 
 
 __all__ = [

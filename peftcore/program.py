@@ -1,114 +1,136 @@
 """Adapter programs: what a trained adapter is to the engine, whatever method made it.
 
-A method is many things while it trains; once trained it is a list of *primitives*, each acting on
-one module, one attention layer or the prompt. The engine knows primitives and no methods.
-
-For one token row at a linear module with base map W x + b the primitives compose to
-
-    y = (W (x ⊙ v_in) + b + Σ s · B (A (x ⊙ v_in))) ⊙ v_out + Δb
-
-with the default v_in = v_out = 1, Δb = 0.
+A method is many things while it trains; once trained it is a list of primitives, and an identity.
+The engine knows primitives and no methods.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from peftcore.base import BaseModel
+from peftcore.base import BaseModel, BaseModule
+from peftcore.branches import branches_of
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import AdapterConfig
 from peftcore.errors import CheckpointError, ConfigError, MixtureError
+from peftcore.primitives import (
+    BiasDelta,
+    Bottleneck,
+    InputRotation,
+    InputScale,
+    LowRank,
+    ModuleOverride,
+    ModulePrimitive,
+    OutputScale,
+    PrefixKV,
+    Primitive,
+    RowOverride,
+    VirtualTokens,
+    tensors_of,
+)
+
+Surface = Literal["linear", "embedding", "norm"]
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """y += scale · B (A x).  a: `[rank, in]`, b: `[out, rank]`."""
+def surface_of(module: BaseModule) -> Surface | None:
+    """What primitives may take `module` for; None for one that none acts on.
 
-    module: str
-    a: Tensor
-    b: Tensor
-    scale: float
-    adds: ClassVar[bool] = True
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class InputScale:
-    """x ← x ⊙ v.  v: `[in]`."""
-
-    module: str
-    v: Tensor
-    adds: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, eq=False)
-class OutputScale:
-    """y ← y ⊙ v, the module's bias included.  v: `[out]`.
-
-    A scale that spares the bias (DoRA) is this one beside the BiasDelta b ⊙ (1 − v).
+    A norm is a module without children whose weight is one vector. Embeddings and norms compute
+    from one tensor alone, so that a segment's rows can be given to them.
     """
-
-    module: str
-    v: Tensor
-    adds: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, eq=False)
-class BiasDelta:
-    """y += b, after every scale.  b: `[out]`.  Acts on linear and on norm modules."""
-
-    module: str
-    b: Tensor
-    adds: ClassVar[bool] = True
+    if module.is_linear:
+        return "linear"
+    if len(inspect.signature(type(module.module).forward).parameters) != 2:  # self and a tensor
+        return None
+    if module.kind == "embedding":
+        return "embedding"
+    weight = dict(module.module.named_parameters(recurse=False)).get("weight")
+    is_leaf = next(module.module.children(), None) is None
+    return "norm" if is_leaf and weight is not None and weight.dim() == 1 else None
 
 
-@dataclass(frozen=True, eq=False)
-class PrefixKV:
-    """n keys and values before the sequence's own, as they lie in the cache (keys already rotated).
+def check_fits(primitives: Sequence[Primitive], base: BaseModel) -> None:
+    """Refuse what would act on nothing, or not fit where it acts: a step must never fail by it.
 
-    keys: `[n, num_kv_heads, head_dim]`, values: `[n, num_kv_heads, v_head_dim]`.
+    Raises:
+        ConfigError: names the module.
     """
+    seen = set()
+    for p in primitives:
+        if isinstance(p, PrefixKV | VirtualTokens):
+            continue
+        kind, module = type(p).__name__, base.modules.get(p.module)
+        if module is None:
+            raise ConfigError(p.module, f"{kind}: the base model has no such module")
+        if not (_fits_branch(p, base) if isinstance(p, Bottleneck) else _fits(p, module)):
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(p))
+            raise ConfigError(
+                p.module,
+                f"{kind} with shapes {shapes} is not served on {type(module.module).__name__}",
+            )
+        seen.add((p.module, type(p)))
+    if len(seen) < sum(not isinstance(p, PrefixKV | VirtualTokens) for p in primitives):
+        raise ConfigError("target_modules", "two primitives of one kind act on one module")
 
-    layer: int
-    keys: Tensor
-    values: Tensor
-    adds: ClassVar[bool] = False
+
+def _fits_branch(p: Bottleneck, base: BaseModel) -> bool:
+    branch = next((b for b in branches_of(base) if b.path == p.module), None)
+    if branch is None:
+        return False
+    k, d = len(p.down), base.hidden_size
+    norms = [t for t in (p.norm_weight, p.norm_bias) if t is not None]
+    shapes = [(p.down, (k, d)), (p.down_bias, (k,)), (p.up, (d, k)), (p.up_bias, (d,))]
+    pre_norm = branch.stream is not None
+    return (
+        all(tensor.shape == shape for tensor, shape in shapes)
+        and all(tensor.shape == (d,) for tensor in norms)
+        and p.stream == (branch.stream if p.needs_stream else None)
+        and not (pre_norm and "normed" in (p.reads, p.keeps))
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class VirtualTokens:
-    """n rows of the embedding's output before the prompt.  rows: `[n, hidden]`."""
-
-    rows: Tensor
-    adds: ClassVar[bool] = False
-
-
-Primitive = LowRank | InputScale | OutputScale | BiasDelta | PrefixKV | VirtualTokens
-
-
-def tensors_of(primitive: Primitive) -> tuple[Tensor, ...]:
-    """The tensors that a primitive holds, in the order in which an arena stores them."""
+def _fits(primitive: ModulePrimitive, module: BaseModule) -> bool:
+    surface = surface_of(module)
+    if surface is None:
+        return False
+    n_in, n_out = module.in_features, module.out_features
+    if surface == "embedding":
+        n_in, n_out = module.module.weight.shape  # type: ignore[misc]
+    elif surface == "norm":
+        (n_out,) = module.module.weight.shape  # type: ignore[misc]
     match primitive:
         case LowRank(a=a, b=b):
-            return a, b
-        case InputScale(v=v) | OutputScale(v=v):
-            return (v,)
+            rank = primitive.rank
+            return surface != "norm" and a.shape == (rank, n_in) and b.shape == (n_out, rank)
+        case InputRotation(blocks=blocks):
+            num_blocks, size, _ = blocks.shape
+            return surface == "linear" and blocks.shape[2] == size and num_blocks * size == n_in
+        case InputScale(v=v):
+            return surface == "linear" and v.shape == (n_in,)
+        case OutputScale(v=v):
+            return surface == "linear" and v.shape == (n_out,)
         case BiasDelta(b=b):
-            return (b,)
-        case PrefixKV(keys=keys, values=values):
-            return keys, values
-        case VirtualTokens(rows=rows):
-            return (rows,)
+            return surface != "embedding" and b.shape == (n_out,)
+        case ModuleOverride(weight=weight, bias=bias):
+            shapes = {"linear": (n_out, n_in), "embedding": (n_in, n_out), "norm": (n_out,)}
+            has_bias = surface == "linear" or (surface == "norm" and module.bias() is not None)
+            return weight.shape == shapes[surface] and (
+                bias is None or (has_bias and bias.shape == (n_out,))
+            )
+        case RowOverride(ids=ids, rows=rows):
+            num, dim = (n_in, n_out) if surface == "embedding" else (n_out, n_in)
+            distinct = len(set(ids)) == len(ids) > 0
+            in_range = all(0 <= i < num for i in ids)
+            return surface != "norm" and distinct and in_range and rows.shape == (len(ids), dim)
+        case Bottleneck():
+            raise AssertionError("a bottleneck is fitted to a branch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +201,7 @@ def compile_adapter(
         digest: the adapter's digest where it is known already.
 
     Raises:
-        ConfigError: the config does not fit the base.
+        ConfigError: the config, or what it compiles to, does not fit the base.
         CheckpointError: a key is missing, left over, misshapen or not finite.
     """
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -188,6 +210,7 @@ def compile_adapter(
         )
     primitives = config.compile(base, tensors)
     tensors.finish()
+    check_fits(primitives, base)
     for primitive in primitives:
         for tensor in tensors_of(primitive):
             if not bool(torch.isfinite(tensor).all()):

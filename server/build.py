@@ -11,6 +11,7 @@ from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.packing import PackedAdapter
+from peftcore.sources.resolve import resolve_model
 from server.adapters.admission import load_packed
 from server.adapters.cache import AdapterCache, HostCache
 from server.adapters.manager import AdapterManager
@@ -23,7 +24,6 @@ from server.engine.scheduler import Scheduler
 from server.errors import ServerError
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel, load_model
-from server.models.sources import resolve_model
 from server.runtime import Runtime
 from server.settings import Settings
 from server.tokenization import Tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from server.models.sources import resolve_model
+from peftcore.sources.resolve import resolve_model
 from server.runtime import Runtime
 from tests import tiny
 from tests.recorder import Recorder, compare

@@ -18,6 +18,9 @@ from peftcore.errors import CheckpointError
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+#: AdaLoRA can take all ranks away from a module.
+_MAY_BE_EMPTY = (".lora_A", ".lora_B", ".lora_E")
+
 #: PEFT's prefix before the module's path in the base model.
 PREFIX = "base_model.model."
 
@@ -32,7 +35,7 @@ class TensorReader:
                 raise CheckpointError(
                     key, f"dtype {tensor.dtype} is not one of float32, float16, bfloat16"
                 )
-            if tensor.numel() == 0:
+            if tensor.numel() == 0 and not key.endswith(_MAY_BE_EMPTY):
                 raise CheckpointError(key, f"the tensor is empty: shape {tuple(tensor.shape)}")
             if check_values and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(key, "the tensor holds values that are not finite (NaN, inf)")
@@ -67,6 +70,10 @@ class TensorReader:
     def has(self, key: str) -> bool:
         return key in self._tensors
 
+    def has_left(self, key: str) -> bool:
+        """Is the key there, and not taken?"""
+        return key in self._tensors and key not in self._taken
+
     def take(self, key: str, shape: Sequence[int], why: str = "") -> Tensor:
         """Take one tensor as float32.
 
@@ -90,6 +97,10 @@ class TensorReader:
         assert key not in self._taken, f"{key} is taken twice"
         self._taken.add(key)
         return tensor.to(torch.float32)
+
+    def again(self) -> TensorReader:
+        """The same tensors, none taken."""
+        return TensorReader(self._tensors, check_values=False)
 
     def finish(self) -> None:
         """Raises CheckpointError if a key was never taken."""

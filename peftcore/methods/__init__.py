@@ -3,15 +3,36 @@
 To add a method: a config class with `compile`, decorated with `register`, imported here.
 """
 
+from peftcore.methods.adalora import AdaLoraConfig
+from peftcore.methods.bottleneck import BottleneckConfig
 from peftcore.methods.ia3 import IA3Config
+from peftcore.methods.ln_tuning import LNTuningConfig
+from peftcore.methods.loha import LoHaConfig
+from peftcore.methods.lokr import LoKrConfig
 from peftcore.methods.lora import LoraConfig
+from peftcore.methods.oft import OFTConfig
 from peftcore.methods.prefix_tuning import PrefixTuningConfig
-from peftcore.methods.prompt_tuning import PromptEncoderConfig, PromptTuningConfig
+from peftcore.methods.prompt_tuning import (
+    MultitaskPromptTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
+from peftcore.methods.trainable_tokens import TrainableTokensConfig
+from peftcore.methods.vera import VeraConfig
 
 __all__ = [
+    "AdaLoraConfig",
+    "BottleneckConfig",
     "IA3Config",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
+    "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "TrainableTokensConfig",
+    "VeraConfig",
 ]

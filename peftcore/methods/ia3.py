@@ -7,24 +7,22 @@ any other module:     y = (W x + b) ⊙ l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import field_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore.checkpoint.reader import PREFIX, TensorReader
 from peftcore.config import AdapterConfig, PatternMatcher, register, strict
 from peftcore.errors import ConfigError
 from peftcore.methods.targets import IA3_TARGETS, resolve_targets
-from peftcore.methods.training import AdapterLayer, LayerAdapter
+from peftcore.parts import ModulePart
+from peftcore.primitives import InputScale, OutputScale, Primitive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from peftcore.base import BaseModel, BaseModule
-    from peftcore.program import Primitive
 
 
 @register
@@ -34,10 +32,6 @@ class IA3Config(AdapterConfig):
 
     peft_type: ClassVar[str] = "IA3"
     training_only: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
-    refused: ClassVar[dict[str, str]] = {
-        "modules_to_save": "full copies of modules are not served yet: train without it",
-    }
-
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
@@ -54,7 +48,11 @@ class IA3Config(AdapterConfig):
         target_modules, feedforward = self._patterns(base)
         matcher = PatternMatcher()
         found = resolve_targets(
-            base, matcher, target_modules=target_modules, exclude_modules=self.exclude_modules
+            base,
+            matcher,
+            target_modules=target_modules,
+            exclude_modules=self.exclude_modules,
+            saved=self.saved_modules(base),
         )
         return [(m, self._is_feedforward(m.path, feedforward or [], matcher)) for m in found]
 
@@ -73,48 +71,34 @@ class IA3Config(AdapterConfig):
         # PEFT matches these by a bare ending, not by whole path segments.
         return path.endswith(tuple(patterns))
 
-    def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
-        from peftcore.program import InputScale, OutputScale
-
-        primitives: list[Primitive] = []
+    def parts(self, base: BaseModel) -> Iterator[ModulePart]:
         for module, is_feedforward in self.targets(base):
-            key = f"{PREFIX}{module.path}.ia3_l"
-            why = f"target_modules names {module.path}"
-            if is_feedforward:
-                v = tensors.take(key, (1, module.in_features), f"{why}, a feed-forward module")
-                primitives.append(InputScale(module.path, v.flatten()))
-            else:
-                v = tensors.take(key, (module.out_features, 1), why)
-                primitives.append(OutputScale(module.path, v.flatten()))
-        return primitives
+            yield IA3Part(module, is_feedforward, self.init_ia3_weights)
 
-    def attach(
-        self, model: PreTrainedModel, base: BaseModel, tokenizer: PreTrainedTokenizerBase
-    ) -> LayerAdapter:
-        """A new adapter on `model`. See `peftcore.methods.training.Trainable`."""
-        layers: dict[str, AdapterLayer] = {
-            module.path: IA3Layer(module, is_feedforward, self.init_ia3_weights)
-            for module, is_feedforward in self.targets(base)
-        }
+    def completed(self, base: BaseModel) -> IA3Config:
         targets, feedforward = self._patterns(base)
-        config = dataclasses.replace(
+        return dataclasses.replace(
             self, target_modules=targets, feedforward_modules=feedforward or []
         )
-        return LayerAdapter(model, config, layers)
 
 
-class IA3Layer(AdapterLayer):
-    """A linear module with its scale vector in training, float32 whatever the base computes in."""
+class IA3Part(ModulePart):
+    """The scale vector of a linear module.
+
+    Key: `ia3_l`, `[1, in]` for a feed-forward module, which scales its input, else `[out, 1]`.
+    """
 
     def __init__(self, module: BaseModule, is_feedforward: bool, from_ones: bool) -> None:
-        super().__init__(module.module)
+        super().__init__(module)
         self.is_feedforward = is_feedforward
+        self.from_ones = from_ones
         shape = (1, module.in_features) if is_feedforward else (module.out_features, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape) if from_ones else torch.randn(shape))
+        self.ia3_l = nn.Parameter(torch.randn(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        v = self.ia3_l.flatten()
-        if self.is_feedforward:
-            return self.base_layer((x * v).to(x.dtype))
-        y = self.base_layer(x)
-        return (y * v).to(y.dtype)
+    def reset_parameters(self) -> None:
+        if self.from_ones:
+            nn.init.ones_(self.ia3_l)
+
+    def primitives(self) -> list[Primitive]:
+        scale = InputScale if self.is_feedforward else OutputScale
+        return [scale(self.module.path, self.ia3_l.flatten())]

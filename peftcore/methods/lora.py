@@ -9,33 +9,34 @@ DoRA rescales each output row by m/‖W + sBA‖ and leaves the bias alone:
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+import torch.nn.functional as F
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from peftcore.checkpoint.reader import PREFIX, TensorReader
-from peftcore.config import AdapterConfig, PatternMatcher, register, strict
-from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
-from peftcore.methods.targets import LORA_TARGETS, lookup_pattern, resolve_targets
-from peftcore.methods.training import AdapterLayer, LayerAdapter
+from peftcore.config import PatternMatcher, register, strict
+from peftcore.errors import ConfigError, UnsupportedError
+from peftcore.methods.low_rank import (
+    Alpha,
+    LowRankPart,
+    Rank,
+    TargetedConfig,
+)
+from peftcore.methods.targets import lookup_pattern
+from peftcore.methods.trainable_tokens import named_tokens, token_parts
+from peftcore.parts import ModulePart
+from peftcore.primitives import BiasDelta, LowRank, OutputScale, Primitive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from peftcore.base import BaseModel, BaseModule
-    from peftcore.program import Primitive
 
 #: Initializations that leave the base model's weights as they are.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-# Far beyond any in use, and small enough that no factor made of them overflows.
-Rank = Annotated[int, Field(gt=0, le=1 << 20)]
-Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class LoraTarget(NamedTuple):
@@ -48,7 +49,7 @@ class LoraTarget(NamedTuple):
 
 @register
 @dataclass(config=strict, kw_only=True)
-class LoraConfig(AdapterConfig):
+class LoraConfig(TargetedConfig):
     """Config of a LoRA adapter; fields and defaults as PEFT's `LoraConfig`."""
 
     peft_type: ClassVar[str] = "LORA"
@@ -64,8 +65,6 @@ class LoraConfig(AdapterConfig):
         }
     )
     refused: ClassVar[dict[str, str]] = {
-        "modules_to_save": "full copies of modules are not served yet: train without it",
-        "trainable_token_indices": "row overrides of embeddings are not served yet: train without",
         "target_parameters": "parameters of expert blocks are not served yet: target modules",
         "layer_replication": "it changes the base model's depth: serve that model as a base",
         "loftq_config": "LoftQ changes the base weights: convert the adapter to plain LoRA",
@@ -83,7 +82,6 @@ class LoraConfig(AdapterConfig):
     }
 
     r: Rank = 8
-    target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: Alpha = 8
     lora_dropout: float = 0.0
@@ -91,17 +89,11 @@ class LoraConfig(AdapterConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str | None = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, Rank] | None = Field(default_factory=dict)
     alpha_pattern: dict[str, Alpha] | None = Field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
-
-    @field_validator("target_modules", "exclude_modules", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return sorted(value) if isinstance(value, set | tuple | frozenset) else value
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.init_lora_weights not in _PLAIN_INITS:
@@ -112,23 +104,12 @@ class LoraConfig(AdapterConfig):
             )
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias", "cannot be combined with use_dora")
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, []):
-                raise ConfigError(name, "cannot be combined with a target_modules that is a string")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern", "set, though layers_to_transform is not")
+        super().__post_init__()
 
     def targets(self, base: BaseModel) -> list[LoraTarget]:
         """The modules of `base` that get an update."""
         matcher = PatternMatcher()
-        modules = resolve_targets(
-            base,
-            matcher,
-            target_modules=self.target_modules or LORA_TARGETS.get(base.model_type),
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-        )
+        modules = self.named_modules(base, matcher, embeddings=True)
 
         def value(path: str, field: str, default: float) -> float:
             return lookup_pattern(path, getattr(self, field), default, field, matcher)
@@ -141,144 +122,134 @@ class LoraConfig(AdapterConfig):
             found.append(LoraTarget(module, rank, scale))
         return found
 
-    def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
-        from peftcore.program import BiasDelta, LowRank, OutputScale
-
-        primitives: list[Primitive] = []
+    def parts(self, base: BaseModel) -> Iterator[ModulePart]:
         targets = self.targets(base)
-        for module, rank, scale in targets:
-            prefix = PREFIX + module.path
-            why = f"target_modules names {module.path}"
-            a = tensors.take(f"{prefix}.lora_A.weight", (rank, module.in_features), why)
-            b = tensors.take(f"{prefix}.lora_B.weight", (module.out_features, rank), why)
-            primitives.append(LowRank(module.path, a, b, scale))
-            delta: Tensor | None = None
-            if self.lora_bias:
-                delta = scale * tensors.take(
-                    f"{prefix}.lora_B.bias", (module.out_features,), "lora_bias is set"
-                )
-            if self.use_dora:
-                magnitude = tensors.take(
-                    f"{prefix}.lora_magnitude_vector", (module.out_features,), "use_dora is set"
-                )
-                norm = torch.linalg.norm(torch.addmm(module.weight(), b, a, alpha=scale), dim=1)
-                v = magnitude / norm
-                primitives.append(OutputScale(module.path, v))
-                bias = module.bias()
-                if bias is not None:
-                    delta = bias * (1 - v)
-            if self.bias != "none":
-                delta = _add(delta, self._bias_delta(module, f"{prefix}.base_layer.bias", tensors))
-            if delta is not None:
-                primitives.append(BiasDelta(module.path, delta))
-            if module.is_output:
-                _check_saved_output(module, f"{prefix}.base_layer.weight", tensors)
+        for target in targets:
+            if target.module.kind == "embedding":
+                yield LoraEmbeddingPart(target, self)
+            else:
+                yield LoraPart(target, self)
         if self.bias == "all":
-            primitives += self._other_biases(base, {t.module.path for t in targets}, tensors)
-        return primitives
+            yield from self.other_biases(base, [target.module for target in targets])
+        if self.trainable_token_indices is not None:
+            wanted = named_tokens(base, self.trainable_token_indices)
+            yield from token_parts(base, wanted, "trainable_token_indices", "token_adapter.")
 
-    def attach(
-        self, model: PreTrainedModel, base: BaseModel, tokenizer: PreTrainedTokenizerBase
-    ) -> LayerAdapter:
-        """A new adapter on `model`. See `peftcore.methods.training.Trainable`."""
-        if self.bias != "none":
-            raise UnsupportedError("bias", f"{self.bias!r} is not trainable here: use lora_bias")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise UnsupportedError(
-                "init_lora_weights",
-                f"{self.init_lora_weights!r} is not trainable here: use true, false or 'gaussian'",
-            )
-        if self.use_dora and self.lora_dropout > 0:
-            raise UnsupportedError("lora_dropout", "is not trainable together with use_dora: use 0")
-        layers: dict[str, AdapterLayer] = {}
-        for target in self.targets(base):
-            path = target.module.path
-            if target.module.is_output:
-                raise UnsupportedError(
-                    "target_modules", f"{path}, the output embedding, is not trainable here"
-                )
-            layers[path] = LoraLayer(target, self)
-        targets = self.target_modules or LORA_TARGETS[base.model_type]
-        return LayerAdapter(model, dataclasses.replace(self, target_modules=targets), layers)
-
-    def _bias_delta(self, module: BaseModule, key: str, tensors: TensorReader) -> Tensor | None:
-        """bias="all" and "lora_only" store absolute biases: what they add to the base's own."""
-        bias = module.bias()
-        if bias is None:
-            return None
-        return tensors.take(key, tuple(bias.shape), f"bias={self.bias!r}") - bias
-
-    def _other_biases(
-        self, base: BaseModel, targets: set[str], tensors: TensorReader
-    ) -> list[Primitive]:
-        """bias="all" trains the biases of modules that have no update too, norms among them."""
-        from peftcore.program import BiasDelta
-
-        found: list[Primitive] = []
-        for module in base.modules.values():
-            if module.path in targets:
-                continue
-            delta = self._bias_delta(module, f"{PREFIX}{module.path}.bias", tensors)
-            if delta is not None:
-                found.append(BiasDelta(module.path, delta))
-        return found
+    def canonical(self) -> dict[str, Any]:
+        values = super().canonical()
+        del values["trainable_token_indices"]
+        if self.trainable_token_indices is not None:  # the order of ids is that of rows: it counts
+            values["trainable_token_indices"] = self.trainable_token_indices
+        return values
 
 
-class LoraLayer(AdapterLayer):
-    """A linear module with a low-rank update in training; under DoRA with its row magnitudes.
+class LoraPart(LowRankPart):
+    """A low-rank update of a linear module; under DoRA with its row magnitudes.
 
-    The parameters are float32 whatever the base computes in.
+    Keys: `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`; by option `lora_B.bias` `[out]`,
+    `lora_magnitude_vector` `[out]`, `base_layer.bias` `[out]`.
     """
 
     def __init__(self, target: LoraTarget, config: LoraConfig) -> None:
         module, rank, self.scale = target
-        super().__init__(module.module)
-        self._module = module
-        self.dropout = nn.Dropout(config.lora_dropout)
+        super().__init__(module, config.lora_dropout, config.bias)
+        self.init = config.init_lora_weights
+        self.own_forward = config.use_dora and self.dropout is not None
+        self.exclusive = config.use_dora
         self.lora_A = nn.Linear(module.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, module.out_features, bias=config.lora_bias)
-        if config.init_lora_weights == "gaussian":
+        #: ‖W‖² of each row, made when first needed: the base does not change.
+        self._base_norms: Tensor | None = None
+        if config.use_dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(module.out_features))
+
+    def reset_parameters(self) -> None:
+        rank = len(self.lora_A.weight)
+        if self.init == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / rank)
-        elif config.init_lora_weights is True:
+        elif self.init is True:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        if config.init_lora_weights is not False:
+        elif self.init is not False:
+            raise UnsupportedError(
+                "init_lora_weights",
+                f"{self.init!r} is not trainable here: use True, False or 'gaussian'",
+            )
+        if self.init is not False:
             nn.init.zeros_(self.lora_B.weight)
-            if config.lora_bias:
+            if self.lora_B.bias is not None:
                 nn.init.zeros_(self.lora_B.bias)
-        self.lora_magnitude_vector = nn.Parameter(self._row_norms()) if config.use_dora else None
+        if hasattr(self, "lora_magnitude_vector"):
+            self.lora_magnitude_vector.data = self._row_norms()
+        super().reset_parameters()
 
-    def _row_norms(self) -> Tensor:
-        """‖W + sBA‖ of each row, `[out]`, no gradient (section 4.3 of the DoRA paper)."""
-        with torch.no_grad():
-            update = self.lora_B.weight @ self.lora_A.weight
-            return torch.linalg.norm(self._module.weight() + self.scale * update, dim=1)
+    def primitives(self) -> list[Primitive]:
+        path = self.module.path
+        found: list[Primitive] = [LowRank(path, self.lora_A.weight, self.lora_B.weight, self.scale)]
+        delta: Tensor | None = None
+        if self.lora_B.bias is not None:
+            delta = self.scale * self.lora_B.bias
+        if hasattr(self, "lora_magnitude_vector"):
+            v = self.lora_magnitude_vector / self._row_norms()
+            found.append(OutputScale(path, v))
+            bias = self.module.bias()
+            if bias is not None:
+                delta = bias * (1 - v)
+        change = self.bias_change()
+        if change is not None:
+            delta = change if delta is None else delta + change
+        if delta is not None:
+            found.append(BiasDelta(path, delta))
+        return found
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        x = self.dropout(x.to(self.lora_A.weight.dtype))
-        update = self.lora_B(self.lora_A(x)) * self.scale
-        if self.lora_magnitude_vector is None:
-            return (y + update).to(y.dtype)
+    def forward(self, base: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """DoRA with dropout: the rows' own product is not dropped, what is added to it is."""
+        assert self.dropout is not None
+        y = base(x)
+        dropped = self.dropout(x.to(self.lora_A.weight.dtype))
         v = self.lora_magnitude_vector / self._row_norms()
-        bias = self._module.bias()
-        return ((y + update) * v if bias is None else (y - bias + update) * v + bias).to(y.dtype)
+        own = F.linear(dropped, self.module.weight())
+        update = self.lora_B(self.lora_A(dropped)) * self.scale
+        return y + ((v - 1) * own + v * update).to(y.dtype)
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + sBA‖ of each row, `[out]`, no gradient (section 4.3 of the DoRA paper).
+
+        From ‖Wᵢ‖² + 2s Bᵢ · A Wᵢᵀ + s² Bᵢ A Aᵀ Bᵢᵀ: W is only multiplied with, which a quantized
+        base does in tiles.
+        """
+        b, a = self.lora_B.weight, self.lora_A.weight
+        if self._base_norms is None or self._base_norms.device != a.device:
+            self._base_norms = self.module.weight().square().sum(dim=1)
+        across = (b * self.module.multiply(a).t()).sum(dim=1)
+        own = ((b @ (a @ a.t())) * b).sum(dim=1)
+        squares = self._base_norms + 2 * self.scale * across + self.scale**2 * own
+        return squares.clamp_(min=0).sqrt_()
 
 
-def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    if x is None or y is None:
-        return y if x is None else x
-    return x + y
+class LoraEmbeddingPart(ModulePart):
+    """A low-rank update of an embedding.
 
+    Keys: `lora_embedding_A` `[r, num_embeddings]`, `lora_embedding_B` `[dim, r]`.
+    """
 
-def _check_saved_output(module: BaseModule, key: str, tensors: TensorReader) -> None:
-    """PEFT saves a copy of the output embedding when it is a target; it must be the base's own."""
-    if not tensors.has(key):
-        return
-    weight = module.weight()
-    saved = tensors.take(key, tuple(weight.shape))
-    if float((saved - weight).norm()) > 0.2 * float(weight.norm()):
-        raise CheckpointError(
-            key,
-            "differs from the base model's weights: this adapter changes its base, "
-            "or was trained on another one",
-        )
+    def __init__(self, target: LoraTarget, config: LoraConfig) -> None:
+        module, rank, self.scale = target
+        super().__init__(module)
+        if config.use_dora or config.lora_bias:
+            field = "use_dora" if config.use_dora else "lora_bias"
+            raise UnsupportedError(
+                field, f"is not supported for {module.path}, an embedding: target linear modules"
+            )
+        num_embeddings, dim = module.module.weight.shape  # type: ignore[misc]
+        self.from_zero = config.init_lora_weights is not False
+        self.lora_embedding_A = nn.Parameter(torch.randn(rank, num_embeddings))
+        self.lora_embedding_B = nn.Parameter(torch.randn(dim, rank))
+
+    def reset_parameters(self) -> None:
+        if self.from_zero:
+            nn.init.zeros_(self.lora_embedding_A)
+            nn.init.normal_(self.lora_embedding_B)
+
+    def primitives(self) -> list[Primitive]:
+        return [LowRank(self.module.path, self.lora_embedding_A, self.lora_embedding_B, self.scale)]

@@ -7,24 +7,21 @@ keys are used as they are: no rotary embedding; the first real token stands at p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import register, strict
 from peftcore.errors import ConfigError
-from peftcore.methods.prompt_learning import PROMPT_KEY, PromptLearningConfig, fit_ids
-from peftcore.methods.training import TrainableAdapter, with_virtual_mask
+from peftcore.methods.prompt_learning import PromptLearningConfig
+from peftcore.parts import PROMPT_KEY, Prompt, assign
+from peftcore.primitives import PrefixKV, Primitive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from peftcore.base import BaseModel
-    from peftcore.program import Primitive
 
 
 @register
@@ -41,21 +38,12 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
     init_weights: Literal["zero"] | None = None
 
-    def compile(self, base: BaseModel, tensors: TensorReader) -> list[Primitive]:
-        from peftcore.program import PrefixKV
+    def parts(self, base: BaseModel) -> Iterator[Prompt]:
+        yield Prefix(self, self._kv_shape(base))
 
+    def completed(self, base: BaseModel) -> PrefixTuningConfig:
         num_layers, num_heads, head_dim = self._kv_shape(base)
-        n = self.num_virtual_tokens
-        flat = tensors.take(PROMPT_KEY, (n, num_layers * 2 * num_heads * head_dim))
-        kv = flat.view(n, num_layers, 2, num_heads, head_dim)
-        return [PrefixKV(i, kv[:, i, 0], kv[:, i, 1]) for i in range(num_layers)]
-
-    def attach(
-        self, model: PreTrainedModel, base: BaseModel, tokenizer: PreTrainedTokenizerBase
-    ) -> PrefixAdapter:
-        """A new adapter on `model`. See `peftcore.methods.training.Trainable`."""
-        num_layers, num_heads, head_dim = self._kv_shape(base)
-        config = dataclasses.replace(
+        return dataclasses.replace(
             self,
             num_layers=num_layers,
             num_attention_heads=num_heads,
@@ -63,7 +51,6 @@ class PrefixTuningConfig(PromptLearningConfig):
             num_transformer_submodules=1,
             encoder_hidden_size=self.encoder_hidden_size or num_heads * head_dim,
         )
-        return PrefixAdapter(model, config, (num_layers, 2, num_heads, head_dim))
 
     def _kv_shape(self, base: BaseModel) -> tuple[int, int, int]:
         """(layers, key-value heads, head dim) of `base`. Raises ConfigError where they differ."""
@@ -80,66 +67,60 @@ class PrefixTuningConfig(PromptLearningConfig):
         return num_layers, num_heads, head_dim
 
 
-class PrefixAdapter(TrainableAdapter):
-    """A prefix in training: rows of keys and values, or under `prefix_projection` an MLP's."""
+class Prefix(Prompt):
+    """A prefix: rows of keys and values, or in training under `prefix_projection` an MLP's.
 
-    config: PrefixTuningConfig
+    Key: `prompt_embeddings` `[n, layers · 2 · kv_heads · head_dim]`, projected.
+    """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: PrefixTuningConfig,
-        kv_shape: tuple[int, int, int, int],
-    ) -> None:
-        """`kv_shape`: (layers, 2, key-value heads, head dim), what one row of the file holds."""
-        super().__init__(model, config)
-        self._kv_shape = kv_shape
-        _, _, num_heads, head_dim = kv_shape
-        width, row = num_heads * head_dim, torch.Size(kv_shape).numel()
+    is_kv = True
+
+    def __init__(self, config: PrefixTuningConfig, kv_shape: tuple[int, int, int]) -> None:
+        """`kv_shape`: (layers, key-value heads, head dim)."""
+        n = config.num_virtual_tokens
+        super().__init__(n)
+        num_layers, num_heads, head_dim = self.kv_shape = kv_shape
+        width = num_heads * head_dim
+        row = num_layers * 2 * width
         hidden = config.encoder_hidden_size or width
+        self.zero = config.init_weights == "zero"
         self.transform: nn.Sequential | None = None
-        if config.prefix_projection:
-            self.embedding = nn.Embedding(config.num_virtual_tokens, width)
-            last = nn.Linear(hidden, row)
-            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
-            zeroed = [last.weight, last.bias]
+        if config.prefix_projection and not config.inference_mode:
+            self.embedding = nn.Embedding(n, width)
+            self.transform = nn.Sequential(
+                nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, row)
+            )
         else:
-            self.embedding = nn.Embedding(config.num_virtual_tokens, row)
-            zeroed = [self.embedding.weight]
-        if config.init_weights == "zero":
-            for parameter in zeroed:
+            self.embedding = nn.Embedding(n, row)
+
+    def reset_parameters(self) -> None:
+        if self.zero:
+            last = self.embedding if self.transform is None else self.transform[-1]
+            for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
-    def start_from_text(self, ids: list[int]) -> None:
-        """Start from the keys and values that the base model computes for a text.
-
-        Far closer to a useful prefix than PEFT's random rows, which at first drown the prompt.
-
-        Args:
-            ids: the text's tokens; cut, or repeated and cut, to `num_virtual_tokens`.
-        """
-        if self.transform is not None:
-            raise ConfigError("init_text", "a projected prefix cannot start from a text")
-        ids = fit_ids(ids, self.config.num_virtual_tokens, "init_text")
-        with torch.no_grad():
-            cache = self.model(torch.tensor([ids]), use_cache=True).past_key_values
-            # Per layer [2, heads, n, head_dim], then [n, layers, 2, heads, head_dim].
-            kv = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
-            rows = torch.stack(kv).permute(3, 0, 1, 2, 4).flatten(1)
-            self.embedding.weight.copy_(rows)
-
-    def _rows(self) -> Tensor:
+    def rows(self, task_ids: Tensor | None = None) -> Tensor:
         rows = self.embedding.weight
         return rows if self.transform is None else self.transform(rows)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor) -> Tensor:
-        batch, n = len(input_ids), self.config.num_virtual_tokens
-        kv = self._rows().to(self.model.dtype).view(n, *self._kv_shape).permute(1, 2, 3, 0, 4)
-        cache = DynamicCache()
-        for i, (keys, values) in enumerate(kv):
-            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), i)
-        mask = with_virtual_mask(attention_mask, n)
-        return self._logits(keep, input_ids=input_ids, attention_mask=mask, past_key_values=cache)
+    def kv(self) -> Tensor:
+        """`[layers, 2, kv_heads, n, head_dim]`: keys, already rotated, and values."""
+        num_layers, num_heads, head_dim = self.kv_shape
+        rows = self.rows().view(-1, num_layers, 2, num_heads, head_dim)
+        return rows.permute(1, 2, 3, 0, 4)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {PROMPT_KEY: self._rows().detach()}
+    def primitives(self) -> list[Primitive]:
+        kv = self.kv().transpose(2, 3)
+        return [PrefixKV(i, keys, values) for i, (keys, values) in enumerate(kv)]
+
+    def load(self, tensors: TensorReader) -> None:
+        num_layers, num_heads, head_dim = self.kv_shape
+        shape = (self.num_virtual_tokens, num_layers * 2 * num_heads * head_dim)
+        rows = tensors.take(PROMPT_KEY, shape)
+        if self.transform is not None:
+            self.transform = None
+            self.embedding = nn.Embedding(*shape, device="meta")
+        assign(self, "embedding.weight", rows)
+
+    def encoder_state(self) -> dict[str, Tensor] | None:
+        return None if self.transform is None else self.state_dict()

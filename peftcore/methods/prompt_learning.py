@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from peftcore.config import AdapterConfig, strict
 from peftcore.errors import ConfigError
-
-#: The one tensor of such an adapter's file.
-PROMPT_KEY = "prompt_embeddings"
 
 
 @dataclass(config=strict, kw_only=True)
@@ -23,15 +19,15 @@ class PromptLearningConfig(AdapterConfig):
     together; for virtual tokens they are the model's attention heads and hidden size.
     """
 
-    refused: ClassVar[dict[str, str]] = {
-        "modules_to_save": "full copies of modules are not served yet: train without it",
-    }
-
     num_virtual_tokens: int = Field(gt=0, le=1 << 20)
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
 
     def check_base(self, **expected: int) -> None:
         """Raises ConfigError where a field that is set differs from the base's value."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from peftcore.base import BaseModel, BaseModule
 
 _QV = ["q_proj", "v_proj"]
+_BERT_QV = ["query", "value"]
 
-#: `target_modules` where a LoRA config names none, by `model_type` (PEFT's defaults).
+#: `target_modules` where a config of a low-rank method names none, by `model_type` (PEFT's).
 LORA_TARGETS: dict[str, list[str]] = {
     "gpt2": ["c_attn"],
     "gpt_neox": ["query_key_value"],
@@ -26,7 +27,21 @@ LORA_TARGETS: dict[str, list[str]] = {
         ["llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], _QV
     ),
     **dict.fromkeys(["opt", "stablelm"], _QV),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra"], _BERT_QV),
 }
+
+#: The same for AdaLoRA.
+ADALORA_TARGETS: dict[str, list[str]] = {
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "bert": _BERT_QV,
+    "roberta": ["query", "key", "value", "dense"],
+    **dict.fromkeys(["llama", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], _QV),
+}
+
+#: The same for VeRA.
+VERA_TARGETS: dict[str, list[str]] = {**LORA_TARGETS, "phi": _QV}
 
 #: `target_modules` and `feedforward_modules` where an IA³ config names none (PEFT's defaults).
 IA3_TARGETS: dict[str, tuple[list[str], list[str]]] = {
@@ -40,6 +55,20 @@ IA3_TARGETS: dict[str, tuple[list[str], list[str]]] = {
         ["gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"],
         (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     ),
+    **dict.fromkeys(["bert", "roberta"], (["key", "value", "output.dense"], ["output.dense"])),
+}
+
+_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+_QWEN_NORMS = ["post_attention_layernorm"]
+_GEMMA_NORMS = [*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+
+#: `target_modules` where an LN tuning config names none (PEFT's defaults).
+LN_TUNING_TARGETS: dict[str, list[str]] = {
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    **dict.fromkeys(["llama", "mistral", "gemma"], _NORMS),
+    **dict.fromkeys(["gemma2", "gemma3_text"], _GEMMA_NORMS),
+    **dict.fromkeys(["qwen2", "qwen3"], _QWEN_NORMS),
 }
 
 Patterns = str | Sequence[str]
@@ -82,8 +111,16 @@ def resolve_targets(
     exclude_modules: Patterns | None = None,
     layers_to_transform: Sequence[int] | int | None = None,
     layers_pattern: Patterns | None = None,
+    embeddings: bool = False,
+    whole: bool = False,
+    saved: Sequence[str] = (),
 ) -> list[BaseModule]:
     """The modules of `base` that the config names, in the model's order.
+
+    Args:
+        embeddings: may embeddings be named too?
+        whole: may any module be named that has parameters, and no modules in it?
+        saved: modules that are trained whole; neither they nor what is in them is targeted.
 
     Raises:
         ConfigError: nothing matches, or a matched module is not one that an adapter attaches to.
@@ -95,7 +132,7 @@ def resolve_targets(
             "name the modules",
         )
     if target_modules == "all-linear":
-        targets = [m for m in base.modules.values() if m.is_linear and not m.is_output]
+        targets = [m for m in base.modules.values() if m.is_linear and not m.is_head]
     else:
         is_target = _test(target_modules, "target_modules", matcher)
         targets = [m for m in base.modules.values() if is_target(m.path)]
@@ -110,6 +147,9 @@ def resolve_targets(
             if m.path in target_modules
             or _in_layers(m.path, layers_to_transform, layers_pattern, matcher)
         ]
+    targets = [
+        m for m in targets if not any(m.path == p or m.path.startswith(f"{p}.") for p in saved)
+    ]
     if not targets:
         raise ConfigError(
             "target_modules",
@@ -117,12 +157,21 @@ def resolve_targets(
             f"(it has {', '.join(base.module_names())})",
         )
     for module in targets:
-        if not module.is_linear:
+        if whole:
+            _check_whole(module)
+        elif not module.is_linear and not (embeddings and module.kind == "embedding"):
             raise ConfigError(
                 "target_modules",
                 f"{module.path} is not a linear layer ({module.kind}): only those are served",
             )
     return targets
+
+
+def _check_whole(module: BaseModule) -> None:
+    if next(module.module.children(), None) is not None:
+        raise ConfigError("target_modules", f"{module.path} holds other modules: name those")
+    if next(module.module.parameters(), None) is None:
+        raise ConfigError("target_modules", f"{module.path} has no parameters to train")
 
 
 def lookup_pattern(

@@ -12,12 +12,12 @@ from types import ModuleType
 import torch
 
 from peftcore.ops import grouped
-from peftcore.ops.segments import LowRankPart, VectorPart
+from peftcore.ops.segments import BlocksPart, LowRankPart, MapPart, RowsPart, VectorPart
 
 
 def select(device: torch.device) -> ModuleType:
-    """The implementation for `device`: `add_low_rank_`, `scale_`, `add_`."""
+    """The implementation for `device`: the functions of `reference`."""
     return grouped
 
 
-__all__ = ["LowRankPart", "VectorPart", "select"]
+__all__ = ["BlocksPart", "LowRankPart", "MapPart", "RowsPart", "VectorPart", "select"]

@@ -24,3 +24,34 @@ class VectorPart(NamedTuple):
     end: int
     v: Tensor
     weight: float = 1.0
+
+
+class BlocksPart(NamedTuple):
+    """Rows [start, end) meet a block-diagonal matrix.  blocks: `[num_blocks, b, b]`."""
+
+    start: int
+    end: int
+    blocks: Tensor
+
+
+class MapPart(NamedTuple):
+    """Rows [start, end) go through another map.  weight: `[out, in]`, bias: `[out]` or None."""
+
+    start: int
+    end: int
+    weight: Tensor
+    bias: Tensor | None
+
+
+class RowsPart(NamedTuple):
+    """For rows [start, end) of the batch a weight's rows `ids` are `rows`.
+
+    ids: `[k]` int64, distinct, at least one; rows: `[k, dim]`, times `scale` where they are looked
+    up.
+    """
+
+    start: int
+    end: int
+    ids: Tensor
+    rows: Tensor
+    scale: float = 1.0

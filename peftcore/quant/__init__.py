@@ -5,6 +5,14 @@ import logging
 # On some CPUs its import warns of an optional kernel that is not there; it is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+from peftcore.quant.layers import dequantize, is_quantized, keep_exact  # noqa: E402
 from peftcore.quant.linear import Quantization, QuantLinear, quantize_model  # noqa: E402
 
-__all__ = ["QuantLinear", "Quantization", "quantize_model"]
+__all__ = [
+    "QuantLinear",
+    "Quantization",
+    "dequantize",
+    "is_quantized",
+    "keep_exact",
+    "quantize_model",
+]

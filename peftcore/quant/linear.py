@@ -5,18 +5,21 @@
 
 On CUDA bitsandbytes' own operators multiply. On a CPU they dequantize the whole weight into fresh
 memory at each call, so there a tile of rows at a time is dequantized into one small buffer that
-stays in the cache, and torch multiplies the tile. Both read the same codes.
+stays in the cache, and torch multiplies the tile. Both read the same codes. Gradients reach the
+input: the backward pass makes the tiles again, and nothing of W's size is kept between the passes.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,13 +32,25 @@ _TILE_ELEMENTS = 2 << 20
 _scratch = threading.local()
 
 
-def _tile_buffer(numel: int) -> Tensor:
-    """This thread's tile, `[numel]` float32 on the CPU; its contents belong to one call."""
+def _tile_buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """This thread's tile, `[numel]` on the CPU; its contents belong to one call."""
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < numel:
         with torch.inference_mode(False):  # else no later call outside it may write
             buffer = _scratch.buffer = torch.empty(max(numel, _TILE_ELEMENTS))
-    return buffer[:numel]
+    return buffer.view(dtype)[:numel]
+
+
+@cache
+def _bfloat16_is_fast() -> bool:
+    """Does this CPU multiply bfloat16 by instructions of its own?"""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def _training_dtype(x: Tensor) -> torch.dtype:
+    """What a CPU multiplies in where gradients are wanted; bitsandbytes takes x's own likewise."""
+    return x.dtype if x.dtype == torch.bfloat16 and _bfloat16_is_fast() else torch.float32
 
 
 class QuantLinear(nn.Module):
@@ -75,24 +90,22 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.quantization}"
 
-    def _rows(self, start: int, stop: int) -> Tensor:
-        """W[start:stop] without int8's row scale, float32; the result lives until the next call.
+    def _rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W[start:stop] without int8's row scale; the result lives until the next call.
 
         For nf4 `start` is a multiple of the block size, so that blocks are whole.
         """
         k = self.in_features
         if self.quantization == "int8":
-            codes = self.codes[start:stop]
-            if torch.is_grad_enabled():  # autograd keeps the tile until the backward pass
-                return codes.to(torch.float32)
-            return _tile_buffer((stop - start) * k).view(-1, k).copy_(codes)
+            tile = _tile_buffer((stop - start) * k, dtype)
+            return tile.view(-1, k).copy_(self.codes[start:stop])
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.codes[start * k // 2 : (stop * k + 1) // 2],
             self.absmax[start * k // _BLOCK : -(-stop * k // _BLOCK)],
             _BLOCK,
             "nf4",
             (stop - start, k),
-            torch.float32,
+            dtype,
         )
 
     def _tile_rows(self) -> int:
@@ -105,25 +118,51 @@ class QuantLinear(nn.Module):
         if self.quantization == "int8":
             return self.codes.to(torch.float32) * (self.absmax / 127)[:, None]
         step = self._tile_rows()
+        if self.out_features <= step:
+            return self._rows(0, self.out_features)
         tiles = range(0, self.out_features, step)
         return torch.cat([self._rows(i, min(i + step, self.out_features)) for i in tiles])
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             return self._forward_cuda(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Multiply.apply(x, self)
+        return self.multiply(x, torch.float32)
+
+    def multiply(self, x: Tensor, dtype: torch.dtype, bias: bool = True) -> Tensor:
+        """As `forward`, on a CPU and without gradients: each tile lives until the next."""
         n, step = self.out_features, self._tile_rows()
-        rows = x.to(torch.float32)
+        rows = x.to(dtype)
         if n <= step:
-            y = F.linear(rows, self._rows(0, n))
+            y = F.linear(rows, self._rows(0, n, dtype))
         else:
             y = rows.new_empty(*x.shape[:-1], n)
             for i in range(0, n, step):
-                y[..., i : i + step] = F.linear(rows, self._rows(i, min(i + step, n)))
+                y[..., i : i + step] = F.linear(rows, self._rows(i, min(i + step, n), dtype))
         if self.quantization == "int8":
             y.mul_(self.absmax / 127)
-        if self.bias is not None:
+        if bias and self.bias is not None:
             y.add_(self.bias)
         return y.to(x.dtype)
+
+    def multiply_back(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """grad W, on a CPU.  grad: `[..., out_features]`; returns `[..., in_features]`."""
+        n, step = self.out_features, self._tile_rows()
+        rows = grad.reshape(-1, n)
+        if self.quantization == "int8":
+            rows = rows * (self.absmax / 127)
+        rows = rows.to(dtype)
+        back = rows[:, :step] @ self._rows(0, min(step, n), dtype)
+        if n > step:
+            back = back.to(torch.float32)  # a sum of many tiles
+        for i in range(step, n, step):
+            tile = self._rows(i, min(i + step, n), dtype)
+            if dtype == torch.float32:
+                back.addmm_(rows[:, i : i + step], tile)
+            else:
+                back += rows[:, i : i + step] @ tile
+        return back.view(*grad.shape[:-1], -1).to(grad.dtype)
 
     def _nf4_state(self, dtype: torch.dtype) -> bnb.functional.QuantState:
         return bnb.functional.QuantState(
@@ -147,6 +186,20 @@ class QuantLinear(nn.Module):
             0.0,
         )
         return bnb.matmul(x, self.codes, state=state, bias=bias)
+
+
+class _Multiply(torch.autograd.Function):
+    """`QuantLinear.multiply` with a gradient for x. Saves no tensor: the layer has the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.multiply(x, _training_dtype(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.multiply_back(grad, _training_dtype(grad)), None
 
 
 def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:

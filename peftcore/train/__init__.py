@@ -1,19 +1,6 @@
-"""Training one adapter on a frozen base model, written in PEFT's own files."""
+"""Training adapters on a frozen base model, alone or several at once."""
 
-from peftcore.train.data import DataError, Example, load_examples, tokenize
 from peftcore.train.recipe import Recipe, RecipeError, load_recipe
-from peftcore.train.trainer import TrainingSummary, new_adapter, save_adapter, train
+from peftcore.train.rows import DataError
 
-__all__ = [
-    "DataError",
-    "Example",
-    "Recipe",
-    "RecipeError",
-    "TrainingSummary",
-    "load_examples",
-    "load_recipe",
-    "new_adapter",
-    "save_adapter",
-    "tokenize",
-    "train",
-]
+__all__ = ["DataError", "Recipe", "RecipeError", "load_recipe"]

@@ -36,12 +36,13 @@ UPLOAD_SCHEMA: dict[str, Any] = {
                     "config": {
                         "type": "string",
                         "format": "binary",
-                        "description": "PEFT's adapter_config.json",
+                        "description": "adapter_config.json, PEFT's or AdapterHub's",
                     },
                     "weights": {
                         "type": "string",
                         "format": "binary",
-                        "description": "PEFT's adapter_model.safetensors",
+                        "description": "PEFT's adapter_model.safetensors, or AdapterHub's "
+                        "adapter.safetensors",
                     },
                 },
             }

@@ -54,6 +54,15 @@ def test_chat(client: Client) -> None:
     assert mixture.text == reply.text
 
 
+def test_push_takes_the_file_as_adapterhub_names_it(client: Client, server: Served) -> None:
+    folder = server.make_adapter("ia3", 3)
+    (folder / WEIGHTS_NAME).rename(folder / "adapter.safetensors")
+    sent: list[int] = []
+    client.adapters.push("renamed", folder, sent.append)
+    assert sum(sent) == (folder / "adapter.safetensors").stat().st_size
+    client.adapters.remove("renamed")
+
+
 def test_push_list_show_remove(client: Client, server: Served) -> None:
     folder = server.make_adapter("ia3", 2)
     sent: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from tests.peftcore.worlds import World
+from tests.peftcore.worlds import NAMES, World
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,6 @@ def gpt2_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World.make(tiny.gpt2(), tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=NAMES)
 def world(request: pytest.FixtureRequest) -> World:
     return request.getfixturevalue(f"{request.param}_world")

@@ -26,8 +26,16 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_what_peftcore_exports() -> None:
     assert set(peftcore.__all__) == {
-        "AdapterConfig", "IA3Config", "LoraConfig", "PrefixTuningConfig", "PromptEncoderConfig",
-        "PromptTuningConfig", "config_from_dict", "config_from_json", "supported_methods",
+        "AdapterConfig", "PeftConfig", "TaskType", "config_from_dict", "config_from_json",
+        "supported_methods",
+        "AdaLoraConfig", "BottleneckConfig", "IA3Config", "LNTuningConfig", "LoHaConfig",
+        "LoKrConfig", "LoraConfig", "MultitaskPromptTuningConfig", "OFTConfig",
+        "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "TrainableTokensConfig",
+        "VeraConfig",
+        "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+        "export_task", "get_peft_model", "get_peft_model_state_dict",
+        "prepare_model_for_kbit_training", "set_peft_model_state_dict",
         "AdapterError", "CheckpointError", "ConfigError", "MixtureError", "UnsupportedError",
     }  # fmt: skip
     assert peftcore.__all__ == sorted(peftcore.__all__)

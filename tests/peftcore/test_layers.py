@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.base import BaseModel
@@ -19,7 +23,9 @@ from peftcore.layers import (
     AdapterBatch,
     AdapterEmbedding,
     AdapterHost,
+    AdapterLinear,
     AdapterModule,
+    AdapterNorm,
     Segment,
     VirtualRows,
     attach,
@@ -72,23 +78,45 @@ def test_without_adapters_the_logits_are_the_models_bit_for_bit(
     assert torch.equal(again, expected)
 
 
-def test_what_a_primitive_can_act_on_is_wrapped(world: World) -> None:
-    model, host = attached(world.model)
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.gemma3], ids=lambda m: m.__name__)
+def test_what_a_primitive_can_act_on_is_wrapped(make: Callable[[], PreTrainedModel]) -> None:
+    plain = make()
+    model, host = attached(plain)
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, AdapterModule)}
-    expected = {
-        name
-        for name, m in world.model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D | nn.LayerNorm)
+    kinds: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+        AdapterLinear: (nn.Linear, Conv1D),
+        AdapterNorm: (nn.LayerNorm, LlamaRMSNorm, Gemma3RMSNorm),
+        AdapterEmbedding: (nn.Embedding,),
     }
-    assert set(wrappers) == expected
+    for wrapper_class, classes in kinds.items():
+        expected = {name for name, m in plain.named_modules() if isinstance(m, classes)}
+        assert {n for n, w in wrappers.items() if type(w) is wrapper_class} == expected
+        assert expected
     for name, wrapper in wrappers.items():
         assert wrapper.path == name
         assert wrapper.is_output == (name == "lm_head")
-        assert type(wrapper.base) is type(world.model.get_submodule(name))
+        assert type(wrapper.base) is type(plain.get_submodule(name))
         assert wrapper._host is host
     embedding = model.get_input_embeddings()
+    assert [w for w in wrappers.values() if getattr(w, "is_input", False)] == [embedding]
+
+
+def test_a_wrapper_has_the_attributes_of_its_module() -> None:
+    """Model code reads them: a norm's weight for its dtype, an embedding's padding."""
+    model, _ = attached(tiny.gemma3())
+    embedding = model.get_input_embeddings()
     assert isinstance(embedding, AdapterEmbedding)
-    assert torch.equal(embedding.weight, world.model.get_input_embeddings().weight)
+    assert embedding.weight is embedding.base.weight
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (tiny.VOCAB, 64)
+    assert embedding.padding_idx == embedding.base.padding_idx
+    norm = model.get_submodule("model.norm")
+    assert norm.eps == norm.base.eps  # type: ignore[union-attr]
+    head = model.get_output_embeddings()
+    assert head.in_features == 64
+    assert head.bias is None
+    assert not hasattr(head, "nothing_like_it")
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = head.nothing_like_it
 
 
 # -- one module, each primitive alone ----------------------------------------------------------
@@ -117,7 +145,13 @@ def weights(seed: int, rank: int = 4) -> ModuleWeights:
         return torch.randn(shape, generator=g)
 
     low_rank = (noise(rank, N_IN).T, noise(N_OUT, rank).T, 0.75)
-    return ModuleWeights(low_rank, noise(N_IN), noise(N_OUT), noise(N_OUT))
+    # Row vectors times blocks: not symmetric, so that the other orientation differs.
+    rotation = torch.linalg.qr(noise(N_IN // 4, 4, 4)).Q
+    override = (noise(N_OUT, N_IN), noise(N_OUT) if seed % 2 else None)
+    rows = (torch.tensor([17, 0, 5]), noise(3, N_IN))
+    return ModuleWeights(
+        low_rank, noise(N_IN), noise(N_OUT), noise(N_OUT), rotation, override, rows
+    )
 
 
 def only(given: ModuleWeights, *names: str) -> ModuleWeights:
@@ -125,10 +159,16 @@ def only(given: ModuleWeights, *names: str) -> ModuleWeights:
 
 
 def formula(base: nn.Module, x: Tensor, parts: list[tuple[ModuleWeights, float]]) -> Tensor:
-    """One row: y = (W (x ⊙ v_in) + b + Σ w·s·B (A (x ⊙ v_in))) ⊙ v_out + Σ w·Δb."""
+    """One row, as `peftcore.program` states it, with dense matrices."""
+    for part, _ in parts:
+        x = x if part.rotation is None else x @ torch.block_diag(*part.rotation)
     for part, _ in parts:
         x = x if part.input_scale is None else x * part.input_scale
     y = base(x)
+    for part, _ in parts:
+        if part.override is not None:
+            weight, bias = part.override
+            y = x @ weight.T if bias is None else x @ weight.T + bias
     for part, weight in parts:
         if part.low_rank is not None:
             a_t, b_t, scale = part.low_rank
@@ -137,10 +177,18 @@ def formula(base: nn.Module, x: Tensor, parts: list[tuple[ModuleWeights, float]]
         y = y if part.output_scale is None else y * part.output_scale
     for part, weight in parts:
         y = y if part.bias is None else y + weight * part.bias
+    for part, _ in parts:
+        if part.rows is not None:
+            ids, rows = part.rows
+            for i, row in zip(ids.tolist(), rows, strict=True):
+                y[:, i] = x @ row + (0 if base.bias is None else base.bias[i])
     return y
 
 
-PRIMITIVES = ["low_rank", "input_scale", "output_scale", "bias"]
+#: Bottlenecks act on a branch of a layer: `test_bottleneck` has them.
+PRIMITIVES = [
+    f.name for f in dataclasses.fields(ModuleWeights) if f.name not in ("bottleneck", "is_stream")
+]
 
 
 @pytest.mark.parametrize("kind", modules())
@@ -150,7 +198,7 @@ PRIMITIVES = ["low_rank", "input_scale", "output_scale", "bias"]
 def test_rows_of_a_segment_get_its_primitives(kind: str, names: list[str], folded: bool) -> None:
     """Rows of the base, of an adapter, of a mixture of two, and of one that is not here."""
     base, host = modules()[kind], AdapterHost()
-    layer = AdapterModule(base, "m", host, is_output=False)
+    layer = AdapterLinear(base, "m", host)
     first, second = only(weights(1), *names), only(weights(2, rank=7), *names)
     host.batch = AdapterBatch(
         tokens=[
@@ -178,17 +226,147 @@ def test_rows_of_a_segment_get_its_primitives(kind: str, names: list[str], folde
         assert torch.equal(row, untouched[i]) == (not parts)
 
 
+@pytest.mark.parametrize("kind", modules())
 @torch.inference_mode()
-def test_a_bias_on_a_norm() -> None:
-    norm, host = nn.LayerNorm(N_IN), AdapterHost()
-    layer = AdapterModule(norm, "norm", host, is_output=False)
-    delta = torch.randn(N_IN)
-    adapter = BoundAdapter("a", {"norm": ModuleWeights(bias=delta)})
-    host.batch = AdapterBatch([Segment(1, 3, adapter, 0.5)])
-    x = torch.randn(1, 4, N_IN)
-    expected = norm(x)
-    expected[:, 1:3] += 0.5 * delta
-    torch.testing.assert_close(layer(x), expected)
+def test_a_row_does_not_depend_on_its_neighbours(kind: str) -> None:
+    """Alone in a batch, or between rows of the base and of another adapter."""
+    base, host = modules()[kind], AdapterHost()
+    layer = AdapterLinear(base, "m", host)
+    mine, other = BoundAdapter("a", {"m": weights(1)}), BoundAdapter("b", {"m": weights(2)})
+    x = torch.randn(1, 9, N_IN)
+    host.batch = AdapterBatch([Segment(2, 5, mine), Segment(5, 8, other)])
+    together = layer(x)
+    for i in range(2, 5):
+        host.batch = AdapterBatch([Segment(0, 1, mine)])
+        alone = layer(x[:, i : i + 1])
+        torch.testing.assert_close(alone[0, 0], together[0, i], atol=2e-5, rtol=1e-5)
+
+
+def norms() -> dict[str, tuple[nn.Module, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+    """Each with its formula of x, another weight and another bias."""
+
+    def normed(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    gemma = Gemma3RMSNorm(N_IN)
+    nn.init.normal_(gemma.weight)
+    layer = nn.LayerNorm(N_IN)
+    nn.init.normal_(layer.bias)
+    return {
+        "layer": (layer, lambda x, w, b: F.layer_norm(x, (N_IN,), w, b)),
+        "llama": (LlamaRMSNorm(N_IN), lambda x, w, b: normed(x) * w),
+        "gemma": (gemma, lambda x, w, b: normed(x) * (1 + w)),
+    }
+
+
+@pytest.mark.parametrize("kind", norms())
+@pytest.mark.parametrize("shape", ["rows", "folded", "rows, heads", "heads, rows"])
+@torch.inference_mode()
+def test_a_norm_with_other_parameters(kind: str, shape: str) -> None:
+    """As many heads as rows: which is which, only memory tells."""
+    norm, formula = norms()[kind]
+    host = AdapterHost()
+    host.num_rows = 5
+    layer = AdapterNorm(norm, "norm", host)
+    weight, bias, delta = torch.randn(N_IN), torch.randn(N_IN), torch.randn(N_IN)
+    bias = bias if kind == "layer" else torch.zeros(N_IN)
+    given = ModuleWeights(override=(weight, bias if kind == "layer" else None))
+    both = ModuleWeights(override=(weight, bias if kind == "layer" else None), bias=delta)
+    host.batch = AdapterBatch(
+        [
+            Segment(1, 3, BoundAdapter("a", {"norm": given})),
+            Segment(3, 4, BoundAdapter("b", {"norm": ModuleWeights(bias=delta)}), 0.5),
+            Segment(4, 5, BoundAdapter("c", {"norm": both})),
+        ]
+    )
+    rows = torch.randn(5, N_IN) if shape in ("rows", "folded") else torch.randn(5, 5, N_IN)
+    x = {"rows": rows[None], "folded": rows, "rows, heads": rows[None]}.get(
+        shape, rows[None].transpose(1, 2)
+    )
+    expected = norm(rows)
+    expected[1:3] = formula(rows[1:3], weight, bias)
+    expected[3] += 0.5 * delta
+    expected[4] = formula(rows[4], weight, bias) + delta
+    if shape == "folded":
+        torch.testing.assert_close(layer(x), expected)
+        return
+    y = layer(x)[0]
+    y = y.transpose(0, 1) if shape == "heads, rows" else y
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y[0], norm(rows)[0])
+
+
+@torch.inference_mode()
+def test_an_override_without_a_bias_has_none() -> None:
+    norm, _ = norms()["layer"]
+    host = AdapterHost()
+    host.num_rows = 2
+    weight = torch.randn(N_IN)
+    adapter = BoundAdapter("a", {"norm": ModuleWeights(override=(weight, None))})
+    host.batch = AdapterBatch([Segment(1, 2, adapter)])
+    x = torch.randn(1, 2, N_IN)
+    y = AdapterNorm(norm, "norm", host)(x)
+    torch.testing.assert_close(y[0, 1], F.layer_norm(x[0, 1], (N_IN,), weight))
+    assert torch.equal(y[0, 0], norm(x)[0, 0])
+
+
+@torch.inference_mode()
+def test_a_norm_whose_rows_cannot_be_found_is_not_guessed() -> None:
+    norm, _ = norms()["layer"]
+    host = AdapterHost()
+    host.num_rows = 3
+    layer = AdapterNorm(norm, "norm", host)
+    x = torch.randn(1, 12, N_IN)  # rows and heads in one
+    assert torch.equal(layer(x), norm(x))
+    adapter = BoundAdapter("a", {"norm": ModuleWeights(bias=torch.ones(N_IN))})
+    host.batch = AdapterBatch([Segment(1, 2, adapter)])
+    with pytest.raises(RuntimeError, match=r"norm: no dimension of \(1, 12, 24\) counts 3 rows"):
+        layer(x)
+
+
+NUM, DIM = 30, 12
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@torch.inference_mode()
+def test_an_embedding_with_other_rows(scaled: bool) -> None:
+    """What the base scales its rows with, it scales the adapters' with."""
+    torch.manual_seed(0)
+    base = Gemma3TextScaledWordEmbedding(NUM, DIM, 3, 2.5) if scaled else nn.Embedding(NUM, DIM, 3)
+    scale, host = 2.5 if scaled else 1.0, AdapterHost()
+    layer = AdapterEmbedding(base, "e", host, is_input=True)
+    other, rows = torch.randn(NUM, DIM), torch.randn(3, DIM)
+    a, b = torch.randn(2, NUM), torch.randn(DIM, 2)
+    ids = torch.tensor([[7, 3, 8, 7, 3, 1, 29, 7, 3, 0, 7]])
+    chosen = torch.tensor([29, 7, 0])
+    low_rank = (a.T, b.T, 0.75)
+    host.batch = AdapterBatch(
+        tokens=[
+            Segment(1, 3, BoundAdapter("a", {"e": ModuleWeights(override=(other, None))})),
+            Segment(3, 5, BoundAdapter("b", {"e": ModuleWeights(low_rank=low_rank)}), -2.0),
+            Segment(5, 8, BoundAdapter("c", {"e": ModuleWeights(rows=(chosen, rows))})),
+            Segment(
+                8, 11,
+                BoundAdapter("d", {"e": ModuleWeights(
+                    low_rank, override=(other, None), rows=(chosen, rows))}),
+            ),
+        ],
+        virtual=[VirtualRows(9, 10, torch.full((1, DIM), 7.0))],
+    )  # fmt: skip
+    w, t = base.weight, ids[0].tolist()
+    expected = scale * torch.stack(
+        [
+            w[t[0]], other[t[1]], other[t[2]],
+            w[t[3]] - 1.5 * b @ a[:, t[3]], w[t[4]] - 1.5 * b @ a[:, t[4]],
+            w[t[5]], rows[0], rows[1],
+            other[t[8]] + 0.75 * b @ a[:, t[8]], torch.full((DIM,), 7.0 / scale), rows[1],
+        ]
+    )  # fmt: skip
+    y = layer(ids)
+    torch.testing.assert_close(y[0], expected)
+    assert torch.equal(y[0, 0], base(ids)[0, 0])
+    assert torch.equal(y[0, 5], base(ids)[0, 5])
+    assert host.num_rows == 11
 
 
 @torch.inference_mode()
@@ -196,10 +374,11 @@ def test_the_output_embedding_has_segments_of_its_own() -> None:
     """Its rows are those of which logits are computed, not the batch's tokens."""
     base, host = modules()["linear"], AdapterHost()
     given = weights(1)
-    adapter = BoundAdapter("a", {"m": given})
-    host.batch = AdapterBatch(tokens=[Segment(5, 9, adapter)], outputs=[Segment(1, 2, adapter)])
+    other = BoundAdapter("b", {"elsewhere": given})
+    outputs = [Segment(1, 2, BoundAdapter("a", {"m": given}))]
+    host.batch = AdapterBatch(tokens=[Segment(5, 9, other)], outputs=outputs)
     x = torch.randn(1, 2, N_IN)
-    y = AdapterModule(base, "m", host, is_output=True)(x)
+    y = AdapterLinear(base, "m", host, is_output=True)(x)
     assert torch.equal(y[0, 0], base(x)[0, 0])
     torch.testing.assert_close(y[0, 1], formula(base, x[0, 1:], [(given, 1.0)])[0])
 

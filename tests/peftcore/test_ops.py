@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from types import ModuleType
 
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftcore.ops import LowRankPart, VectorPart, grouped, reference, select
+from peftcore.ops import (
+    BlocksPart,
+    LowRankPart,
+    MapPart,
+    RowsPart,
+    VectorPart,
+    grouped,
+    reference,
+    select,
+)
 
 OPS = {"reference": reference, "grouped": grouped}
 POPULARITIES = ["distinct", "identical", "uniform", "zipf", "skewed"]
@@ -146,6 +156,84 @@ def test_any_parts(problem: tuple[int, int, int, list[tuple[int, int, int, float
         torch.testing.assert_close(added.double(), dense_add(x, vectors), atol=1e-5, rtol=1e-4)
 
 
+@st.composite
+def disjoint(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int]:
+    """rows, disjoint parts (start, end) with rows of the base between them, a seed."""
+    bounds = sorted(draw(st.lists(st.integers(0, 16), max_size=8)))
+    num_rows = (bounds[-1] if bounds else 0) + draw(st.integers(0, 3))
+    return num_rows, list(zip(bounds[::2], bounds[1::2], strict=False)), draw(st.integers(0, 1000))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=disjoint(), num_blocks=st.integers(1, 4), size=st.integers(1, 6))
+def test_any_rotations(
+    problem: tuple[int, list[tuple[int, int]], int], num_blocks: int, size: int
+) -> None:
+    num_rows, spans, seed = problem
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, num_blocks * size, generator=g)
+    parts = [BlocksPart(*s, torch.randn(num_blocks, size, size, generator=g)) for s in spans]
+    expected = x.clone()
+    for start, end, blocks in parts:
+        for i in range(start, end):
+            for n in range(num_blocks):
+                piece = slice(n * size, (n + 1) * size)
+                for c in range(size):
+                    expected[i, piece][c] = sum(
+                        x[i, n * size + k] * blocks[n, k, c] for k in range(size)
+                    )
+    for ops in OPS.values():
+        rotated = x.clone()
+        ops.rotate_(rotated, parts)
+        torch.testing.assert_close(rotated, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=disjoint(), n_in=st.integers(1, 20), num=st.integers(1, 30), with_bias=st.booleans())
+def test_any_replaced_maps_and_rows(
+    problem: tuple[int, list[tuple[int, int]], int], n_in: int, num: int, with_bias: bool
+) -> None:
+    """Each against dense weights with the replaced rows written in."""
+    num_rows, spans, seed = problem
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(num_rows, n_in, generator=g), torch.randn(num_rows, num, generator=g)
+    hidden = torch.randn(num_rows, n_in, generator=g)
+    tokens = torch.randint(0, num, (num_rows,), generator=g)
+    bias = torch.randn(num, generator=g) if with_bias else None
+    maps, columns, looked_up, low_rank = [], [], [], []
+    mapped, with_columns, with_rows, added = y.clone(), y.clone(), hidden.clone(), hidden.clone()
+    for start, end in spans:
+        weight = torch.randn(num, n_in, generator=g)
+        ids = torch.randperm(num, generator=g)[: 1 + seed % num]
+        rows = torch.randn(len(ids), n_in, generator=g)
+        a, b = torch.randn(3, num, generator=g), torch.randn(n_in, 3, generator=g)
+        maps.append(MapPart(start, end, weight, bias))
+        columns.append(RowsPart(start, end, ids, rows))
+        looked_up.append(RowsPart(start, end, ids, rows, -1.5))
+        low_rank.append(LowRankPart(start, end, a.T, b.T, 0.5))
+        update = 0.5 * (b @ a).T
+        for i in range(start, end):
+            mapped[i] = weight @ x[i] + (0 if bias is None else bias)
+            added[i] += update[tokens[i]]
+            for j, row in zip(ids.tolist(), rows, strict=True):
+                with_columns[i, j] = row @ x[i] + (0 if bias is None else bias[j])
+                if tokens[i] == j:
+                    with_rows[i] = -1.5 * row
+    for ops in OPS.values():
+        out = y.clone()
+        ops.set_linear_(out, x, maps)
+        torch.testing.assert_close(out, mapped, atol=1e-4, rtol=1e-4)
+        out = y.clone()
+        ops.set_columns_(out, x, columns, bias)
+        torch.testing.assert_close(out, with_columns, atol=1e-4, rtol=1e-4)
+        out = hidden.clone()
+        ops.set_rows_of_ids_(out, tokens, looked_up)
+        torch.testing.assert_close(out, with_rows, atol=1e-4, rtol=1e-4)
+        out = hidden.clone()
+        ops.add_low_rank_of_ids_(out, tokens, low_rank)
+        torch.testing.assert_close(out, added, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_half_precision_activations(ops: ModuleType) -> None:
     """bf16 rows meet float32 adapters, and the result stays bf16."""
@@ -158,12 +246,39 @@ def test_half_precision_activations(ops: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_half_precision_meets_float32_replacements(ops: ModuleType) -> None:
+    x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 6).bfloat16()
+    weight, bias, ids = torch.randn(6, 8), torch.randn(6), torch.tensor([4, 1])
+    blocks, hidden, tokens = torch.randn(2, 4, 4), x.clone(), torch.tensor([0, 1, 4, 2, 1])
+    mapped, columns, rotated = y.clone(), y.clone(), x.clone()
+    ops.set_linear_(mapped, x, [MapPart(1, 4, weight, bias)])
+    ops.set_columns_(columns, x, [RowsPart(1, 4, ids, weight[:2])], bias)
+    ops.rotate_(rotated, [BlocksPart(1, 4, blocks)])
+    ops.set_rows_of_ids_(hidden, tokens, [RowsPart(0, 5, ids, weight[:2])])
+    ops.add_low_rank_of_ids_(hidden, tokens, [LowRankPart(0, 1, weight, torch.eye(8), 1.0)])
+    exact = x[1:4].float() @ weight.T + bias
+    torch.testing.assert_close(mapped[1:4].float(), exact, atol=0.05, rtol=0.02)
+    exact = x[1:4].float() @ weight[:2].T + bias[ids]
+    torch.testing.assert_close(columns[1:4, ids].float(), exact, atol=0.05, rtol=0.02)
+    exact = x[1:4].float() @ torch.block_diag(*blocks)
+    torch.testing.assert_close(rotated[1:4].float(), exact, atol=0.05, rtol=0.02)
+    exact = torch.stack([x[0].float() + weight[0], weight[1], weight[0], x[3].float(), weight[1]])
+    torch.testing.assert_close(hidden.float(), exact, atol=0.05, rtol=0.02)
+    assert {t.dtype for t in (mapped, columns, rotated, hidden)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_no_parts_touch_nothing(ops: ModuleType) -> None:
     x, y = torch.randn(4, 3), torch.randn(4, 5)
     before = x.clone(), y.clone()
     ops.add_low_rank_(y, x, [])
     ops.scale_(x, [])
     ops.add_(y, [])
+    ops.rotate_(x, [])
+    ops.set_linear_(y, x, [])
+    ops.set_columns_(y, x, [], None)
+    ops.add_low_rank_of_ids_(y, torch.zeros(4, dtype=torch.long), [])
+    ops.set_rows_of_ids_(y, torch.zeros(4, dtype=torch.long), [])
     assert torch.equal(x, before[0])
     assert torch.equal(y, before[1])
 
@@ -185,6 +300,8 @@ def test_a_row_does_not_depend_on_its_segments_length() -> None:
 
 def test_select_gives_the_operations_of_the_reference() -> None:
     ops = select(torch.device("cpu"))
-    for name in ("add_low_rank_", "scale_", "add_"):
-        assert callable(getattr(ops, name))
-        assert callable(getattr(reference, name))
+    names = [n for n, f in vars(reference).items() if inspect.isfunction(f)]
+    assert len(names) == 8
+    for name in names:
+        mine, plain = (inspect.signature(getattr(m, name)) for m in (ops, reference))
+        assert list(mine.parameters) == list(plain.parameters)

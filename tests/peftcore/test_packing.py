@@ -10,17 +10,20 @@ from torch import Tensor
 
 from peftcore.arena import ALIGNMENT, AdapterArena
 from peftcore.packing import BoundAdapter, bind, pack, packed_elements
-from peftcore.program import (
-    AdapterProgram,
+from peftcore.primitives import (
     BiasDelta,
+    InputRotation,
     InputScale,
     LowRank,
+    ModuleOverride,
     OutputScale,
     PrefixKV,
     Primitive,
+    RowOverride,
     VirtualTokens,
     tensors_of,
 )
+from peftcore.program import AdapterProgram
 from tests import tiny
 from tests.peftcore.worlds import World
 
@@ -74,11 +77,30 @@ def assert_bound(program: AdapterProgram, bound: BoundAdapter, arena: AdapterAre
                 check(bound.modules[module].output_scale, v)
             case BiasDelta(module=module, b=b):
                 check(bound.modules[module].bias, b)
+            case InputRotation(module=module, blocks=blocks):
+                check(bound.modules[module].rotation, blocks)
+            case ModuleOverride(module=module, weight=weight, bias=bias):
+                override = bound.modules[module].override
+                assert override is not None
+                check(override[0], weight)
+                assert (override[1] is None) == (bias is None)
+                if bias is not None:
+                    check(override[1], bias)
+            case RowOverride(module=module, ids=ids, rows=rows):
+                replaced = bound.modules[module].rows
+                assert replaced is not None
+                assert replaced[0].dtype == torch.int64
+                assert tuple(replaced[0].tolist()) == ids
+                check(replaced[1], rows)
     found = [v for pair in bound.prefix.values() for v in pair]
     found += [] if bound.virtual_tokens is None else [bound.virtual_tokens]
     for weights in bound.modules.values():
         found += [] if weights.low_rank is None else weights.low_rank[:2]
-        single = (weights.input_scale, weights.output_scale, weights.bias)
+        found += [] if weights.rows is None else weights.rows[1:]
+        single = (
+            weights.input_scale, weights.output_scale, weights.bias, weights.rotation,
+            *(weights.override or ()),
+        )  # fmt: skip
         found += [view for view in single if view is not None]
     assert len(found) == len(views)
     assert list(bound.modules) == program.modules
@@ -125,6 +147,22 @@ def test_two_adapters_in_one_arena_are_apart(llama_world: World) -> None:
     arena.check_integrity()
 
 
+def test_token_ids_are_exact_in_an_arena_of_bfloat16() -> None:
+    """No arena holds them: 49151 would be 49152 there."""
+    program = AdapterProgram("d", "ANY", [RowOverride("e", (49151, 3), torch.randn(2, 5))])
+    bound, arena, _ = in_arena(program, torch.bfloat16)
+    assert_bound(program, bound, arena)
+    assert program.num_elements == 10
+
+
+def test_trained_parameters_leave_no_graph_in_the_arena() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    program = AdapterProgram("d", "ANY", [ModuleOverride("m", weight, None)])
+    bound, arena, _ = in_arena(program)
+    assert_bound(program, bound, arena)
+    assert not arena.data.requires_grad
+
+
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -145,6 +183,14 @@ def primitives(draw: st.DrawFn) -> list[Primitive]:
             found.append(OutputScale(f"n{i}", noise(n_out)))
         if draw(st.booleans()):
             found.append(BiasDelta(f"n{i}", noise(2 * n_out)[::2]))
+        if draw(st.booleans()):
+            found.append(InputRotation(f"m{i}", noise(n_in, 3, 3).transpose(1, 2)))
+        if draw(st.booleans()):
+            bias = noise(n_out) if draw(st.booleans()) else None
+            found.append(ModuleOverride(f"n{i}", noise(n_in, n_out).T, bias))
+        if draw(st.booleans()):
+            ids = draw(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=9, unique=True))
+            found.append(RowOverride(f"r{i}", tuple(ids), noise(len(ids), n_in)))
     n = draw(SMALL)
     for layer in range(draw(st.integers(0, 2))):
         kv = noise(n, 2, 3, 4)

@@ -78,9 +78,9 @@ def test_many_tiles_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = layer._rows
     calls: list[tuple[int, int]] = []
 
-    def recording(start: int, stop: int) -> Tensor:
+    def recording(start: int, stop: int, dtype: torch.dtype) -> Tensor:
         calls.append((start, stop))
-        return rows(start, stop)
+        return rows(start, stop, dtype)
 
     layer._rows = recording  # type: ignore[method-assign]
     layer(torch.randn(1, 70))

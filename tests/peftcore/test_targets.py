@@ -15,14 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import (
+    TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peftcore import IA3Config, LoraConfig, config_from_json
+from peftcore import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    config_from_json,
+)
 from peftcore.base import BaseModel, BaseModule
 from peftcore.config import MAX_PATTERN_LEN, PatternMatcher
 from peftcore.errors import ConfigError
@@ -46,6 +59,17 @@ LLAMA: dict[str, dict[str, Any]] = {
     "nested name": {"target_modules": ["self_attn.o_proj", "mlp.up_proj"]},
     "whole path": {"target_modules": ["model.layers.1.self_attn.q_proj"]},
     "output": {"target_modules": ["v_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "alpha_pattern": {"q_proj": 3}},
+    "embedding of its own rank": {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "rank_pattern": {"embed_tokens": 3},
+    },
+    "embedding alone": {"target_modules": r".*embed_tokens"},
+    "not what is saved": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    "not in what is saved": {
+        "target_modules": ["q_proj", "down_proj"],
+        "modules_to_save": ["layers.1.mlp", "2.self_attn.q_proj"],
+    },
     "all-linear": {"target_modules": "all-linear"},
     "regex": {"target_modules": r".*\.[02]\..*(q|down)_proj"},
     "regex matches the whole path": {"target_modules": r".*self_attn\.q_proj"},
@@ -108,6 +132,8 @@ GPT2: dict[str, dict[str, Any]] = {
     "nested name": {"target_modules": ["mlp.c_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "regex": {"target_modules": r"transformer\.h\.\d\.(attn|mlp)\.c_proj"},
+    "embeddings": {"target_modules": ["wte", "wpe", "c_fc"], "alpha_pattern": {"wpe": 11}},
+    "output": {"target_modules": ["lm_head", "c_fc"]},
     "layers": {"target_modules": ["c_fc"], "layers_to_transform": [0, 1], "layers_pattern": "h"},
     "default": {},
 }
@@ -175,8 +201,13 @@ def test_ia3_is_attached_as_peft_attaches_it(
 
 
 def test_defaults_are_pefts() -> None:
-    for model_type, names in targets.LORA_TARGETS.items():
-        assert set(names) == set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
+    for ours, theirs in [
+        (targets.LORA_TARGETS, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
+        (targets.ADALORA_TARGETS, TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING),
+        (targets.VERA_TARGETS, TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING),
+    ]:
+        for model_type, names in ours.items():
+            assert set(names) == set(theirs[model_type]), model_type
     for model_type, (names, feedforward) in targets.IA3_TARGETS.items():
         assert set(names) == set(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type])
         assert set(feedforward) == set(
@@ -233,16 +264,52 @@ def test_any_pattern_lookup_is_pefts(path: str, keys: list[str]) -> None:
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def test_a_target_must_be_a_linear_layer(llama_world: World, gpt2_world: World) -> None:
+#: Configs of the methods that act on linear modules, and some on embeddings, but on nothing else.
+TARGETED: dict[str, Any] = {
+    "LORA": LoraConfig,
+    "ADALORA": AdaLoraConfig,
+    "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
+    "VERA": VeraConfig,
+    "OFT": OFTConfig,
+    "IA3": lambda **options: IA3Config(feedforward_modules=[], **options),
+    "TRAINABLE_TOKENS": lambda **options: TrainableTokensConfig(token_indices=[1], **options),
+}
+
+
+@pytest.mark.parametrize("method", TARGETED)
+def test_a_target_must_be_a_layer_that_the_method_acts_on(
+    method: str, llama_world: World, gpt2_world: World
+) -> None:
+    takes_embeddings = method in ("LORA", "TRAINABLE_TOKENS")
     for world, name in [
-        (llama_world, "embed_tokens"),
         (llama_world, "input_layernorm"),
         (llama_world, "model.norm"),
-        (gpt2_world, "wpe"),
+        (llama_world, "rotary_emb"),
+        (llama_world, "self_attn"),
         (gpt2_world, "ln_1"),
+        (gpt2_world, "act"),
+        (llama_world, "embed_tokens"),
+        (gpt2_world, "wte"),
+        (gpt2_world, "wpe"),
     ]:
+        config = TARGETED[method](target_modules=[name])
+        if takes_embeddings and name in ("embed_tokens", "wte", "wpe"):
+            parts = config.build(world.base)
+            assert parts.modules[0].module.path.endswith(name)
+            continue
         with pytest.raises(ConfigError, match=rf"{name}.*not a linear layer") as caught:
-            LoraConfig(target_modules=[name]).targets(world.base)
+            config.build(world.base)
+        assert caught.value.field == "target_modules"
+
+
+def test_norms_are_tuned_whole_and_containers_are_not(llama_world: World) -> None:
+    for name in ("input_layernorm", "embed_tokens", "q_proj"):
+        parts = LNTuningConfig(target_modules=[name]).build(llama_world.base)
+        assert all(part.module.path.endswith(name) for part in parts.modules)
+    for name, message in [("self_attn", "holds other modules"), ("act_fn", "no parameters")]:
+        with pytest.raises(ConfigError, match=rf"{name}.*{message}") as caught:
+            LNTuningConfig(target_modules=[name]).build(llama_world.base)
         assert caught.value.field == "target_modules"
 
 

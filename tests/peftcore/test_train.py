@@ -1,577 +1,517 @@
-"""Training against PEFT: the same files, the same outputs, the same loss curves."""
+"""`polypeft-train`: the loss, resuming, stopping, what is left behind, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-import os
-import random
+import re
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaForSequenceClassification
 
-from peftcore.base import BaseModel
-from peftcore.checkpoint.reader import TensorReader
-from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, config_from_json
-from peftcore.errors import ConfigError, UnsupportedError
-from peftcore.methods import (
+from peftcore import (
+    AdaLoraConfig,
     IA3Config,
     LoraConfig,
+    PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
-    PromptEncoderConfig,
     PromptTuningConfig,
-)
-from peftcore.methods.prefix_tuning import PrefixAdapter
-from peftcore.methods.training import LayerAdapter, TrainableAdapter
-from peftcore.program import PrefixKV, compile_adapter
-from peftcore.train import (
-    DataError,
-    Example,
-    Recipe,
-    RecipeError,
-    load_examples,
-    load_recipe,
-    new_adapter,
-    save_adapter,
-    tokenize,
-    train,
+    get_peft_model,
 )
 from peftcore.train.cli import main
-from peftcore.train.data import IGNORED, batches_of, collate
-from peftcore.train.trainer import SUMMARY_NAME, fit, num_steps
+from peftcore.train.collate import padded, side_by_side
+from peftcore.train.recipe import Recipe, RecipeError, load_recipe
+from peftcore.train.report import SUMMARY_NAME
+from peftcore.train.rows import DataError
+from peftcore.train.run import CHECKPOINTS, EVENTS, train
+from peftcore.train.samples import IGNORED
+from peftcore.train.trainer import StopWhenAsked, only_rows, summed_loss
+from tests import tiny
+from tests.serving import serve
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+#: peft's own use of what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with biases and a tokenizer of bytes, on disk."""
-    path = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
-    bytes_only = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocab),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attention_bias=True,
-            initializer_range=0.2,
-            max_position_embeddings=256,
-        )
-    ).save_pretrained(path)
-    return path
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(folder)
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    tiny.llama().save_pretrained(folder)
+    tiny.hf_tokenizer().save_pretrained(folder)
+    return folder
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    texts = [{"prompt": f"say {i}", "completion": "abc" * (1 + i % 4)} for i in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    return path
-
-
-def load(folder: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():  # biases are zero when new, which would hide what touches them
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.copy_(torch.linspace(-1, 1, len(parameter)))
-    return model
-
-
-def with_peft(model: PreTrainedModel, config: peft.PeftConfig) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, config)
-
-
-def from_files(model: PreTrainedModel, path: Path) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model, path).eval()
-
-
-def recipe_for(folder: Path, rows: Path, output: Path, **values: Any) -> Recipe:
-    given = {"method": {"peft_type": "LORA"}, "batch_size": 4, **values}
-    return Recipe(model=folder, data=rows, output=output, **given)
-
-
-NAMES = ["q_proj", "down_proj"]
-METHODS: dict[str, tuple[Callable[[], Any], Callable[[], peft.PeftConfig]]] = {
-    "lora": (
-        lambda: LoraConfig(r=4, lora_alpha=16, target_modules=NAMES),
-        lambda: peft.LoraConfig(r=4, lora_alpha=16, target_modules=NAMES),
-    ),
-    "lora-default-targets": (lambda: LoraConfig(), lambda: peft.LoraConfig()),
-    "rslora-patterns": (
-        lambda: LoraConfig(
-            target_modules=NAMES,
-            use_rslora=True,
-            rank_pattern={"q_proj": 2},
-            alpha_pattern={"down_proj": 32.0},
-            init_lora_weights="gaussian",
-        ),
-        lambda: peft.LoraConfig(
-            target_modules=NAMES,
-            use_rslora=True,
-            rank_pattern={"q_proj": 2},
-            alpha_pattern={"down_proj": 32.0},
-            init_lora_weights="gaussian",
-        ),
-    ),
-    "lora-bias": (
-        lambda: LoraConfig(target_modules=NAMES, lora_bias=True),
-        lambda: peft.LoraConfig(target_modules=NAMES, lora_bias=True),
-    ),
-    "dora": (
-        lambda: LoraConfig(target_modules=NAMES, use_dora=True),
-        lambda: peft.LoraConfig(target_modules=NAMES, use_dora=True),
-    ),
-    "ia3": (lambda: IA3Config(), lambda: peft.IA3Config()),
-    "prefix": (
-        lambda: PrefixTuningConfig(num_virtual_tokens=3),
-        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3),
-    ),
-    "prefix-projection": (
-        lambda: PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
-        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
-    ),
-    "prompt": (
-        lambda: PromptTuningConfig(num_virtual_tokens=3),
-        lambda: peft.PromptTuningConfig(num_virtual_tokens=3),
-    ),
-    "p-tuning": (
-        lambda: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
-        lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
-    ),
-}
-
-
-def trained(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
-) -> TrainableAdapter:
-    """An adapter of a method after a few steps, so that nothing is at its initial value."""
-    torch.manual_seed(1)
-    config = dataclasses.replace(METHODS[name][0](), task_type="CAUSAL_LM")
-    adapter = new_adapter(model, tokenizer, config)
-    sequences = [tokenize(e, tokenizer) for e in load_examples(recipe.data)]
-    assert len(list(fit(adapter, sequences, recipe))) == recipe.steps
-    return adapter.eval()
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_files_are_pefts(
-    name: str,
-    dtype: torch.dtype,
-    folder: Path,
-    rows: Path,
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    recipe = recipe_for(folder, rows, tmp_path / "ours", steps=3, lr=0.02)
-    adapter = trained(name, load(folder), tokenizer, recipe)
-    save_adapter(adapter, tmp_path / "ours", dtype)
-
-    config = METHODS[name][1]()
-    config.task_type = "CAUSAL_LM"
-    theirs = with_peft(load(folder), config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft takes lora_B.bias for a broken lora_B
-        theirs.save_pretrained(tmp_path / "theirs")
-    ours_file, theirs_file = (load_file(tmp_path / d / WEIGHTS_NAME) for d in ("ours", "theirs"))
-    assert {k: t.shape for k, t in ours_file.items()} == {
-        k: t.shape for k, t in theirs_file.items()
-    }
-    assert {t.dtype for t in ours_file.values()} == {dtype}
-    assert {t.dtype for t in theirs_file.values()} == {torch.float32}
-    with safe_open(tmp_path / "ours" / WEIGHTS_NAME, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-    ours_json, theirs_json = (
-        json.loads((tmp_path / d / CONFIG_NAME).read_text()) for d in ("ours", "theirs")
-    )
-    skip = {"peft_version", "auto_mapping", "base_model_name_or_path"}
-    for json_config in (ours_json, theirs_json):
-        for key in ("target_modules", "feedforward_modules"):
-            if isinstance(json_config.get(key), list):
-                json_config[key].sort()
-    assert {k: v for k, v in ours_json.items() if k not in skip} == {
-        k: v for k, v in theirs_json.items() if k in ours_json and k not in skip
-    }
-
-    # Half precision rounds the file's values, which PEFT then loads: compare what it loads.
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    ids = torch.tensor([tokenizer("hello there")["input_ids"]])
-    keep = torch.arange(ids.shape[1])
-    loaded = from_files(load(folder), tmp_path / "ours")
-    with torch.no_grad():
-        expected = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        actual = adapter(ids, torch.ones_like(ids), keep)
-        base = load(folder)(input_ids=ids).logits
-    expected = expected[:, -ids.shape[1] :]  # PEFT gives the virtual tokens' logits too
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(base.abs().max()))
-    assert not torch.allclose(actual, base, atol=1e-2)
-
-    model = load(folder)
-    text = (tmp_path / "ours" / CONFIG_NAME).read_text()
-    reader = TensorReader.from_file(tmp_path / "ours" / WEIGHTS_NAME)
-    program = compile_adapter(config_from_json(text), reader, BaseModel.from_model(model))
-    assert program.num_virtual_tokens == getattr(adapter.config, "num_virtual_tokens", 0)
-
-
-def peft_names(adapter: TrainableAdapter, theirs: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
-    """PEFT's trainable parameters by the keys of its file."""
-    found = {
-        name.replace(".default", "").replace("vector.weight", "vector"): parameter
-        for name, parameter in theirs.named_parameters()
-        if parameter.requires_grad
-    }
-    if set(found) == set(adapter.tensors()):
-        return found
-    [(_, parameter)] = found.items()  # a prompt's one embedding, under a name of its own
-    return {"prompt_embeddings": parameter}
-
-
-@pytest.mark.parametrize(
-    "name", ["lora", "rslora-patterns", "lora-bias", "ia3", "prefix", "prompt"]
-)
-def test_loss_curve_is_pefts(
-    name: str, folder: Path, rows: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    recipe = recipe_for(
-        folder, rows, tmp_path, steps=10, lr=0.01, warmup_steps=3, schedule="linear"
-    )
-    adapter = new_adapter(load(folder), tokenizer, METHODS[name][0]())
-    config = METHODS[name][1]()
-    config.task_type = "CAUSAL_LM"
-    theirs = with_peft(load(folder), config)
-    initial = {k: t.clone() for k, t in adapter.tensors().items()}
-    parameters = peft_names(adapter, theirs)
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(initial[key])
-
-    sequences = [tokenize(e, tokenizer) for e in load_examples(rows)]
-    ours = list(fit(adapter, sequences, recipe))
-
-    rng = random.Random(recipe.seed)
-    batches = [b for _ in range(2) for b in batches_of(sequences, recipe.batch_size, rng)]
-    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, weight_decay=0.0)
-    theirs.train()
-    expected = []
-    for step, sequence_batch in enumerate(batches[: recipe.steps]):
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(step / 3, (10 - step) / 7)
-        batch = collate(sequence_batch)
-        loss = theirs(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(initial[k], t) for k, t in adapter.tensors().items())
-
-
-def test_base_weights_stay(
-    folder: Path, rows: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    model = load(folder)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    trained("lora", model, tokenizer, recipe_for(folder, rows, tmp_path, steps=3, lr=0.02))
-    after = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
-    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-
-
-def test_dora_gradients_are_pefts(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    torch.manual_seed(2)
-    adapter = new_adapter(load(folder), tokenizer, METHODS["dora"][0]())
-    assert isinstance(adapter, LayerAdapter)
-    theirs = with_peft(load(folder), METHODS["dora"][1]())
-    parameters = peft_names(adapter, theirs)
-    own = {
-        f"base_model.model.{path}.{name}": parameter
-        for path, layer in adapter.layers.items()
-        for name, parameter in layer.own_parameters().items()
-    }
-    ids = torch.tensor([tokenizer("hello there")["input_ids"]])
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            own[key].add_(torch.rand_like(own[key]))  # the magnitudes are then not the row norms
-            parameter.copy_(own[key])
-    theirs(input_ids=ids).logits.square().mean().backward()
-    adapter(ids, torch.ones_like(ids), torch.arange(ids.shape[1])).square().mean().backward()
-    for key, parameter in parameters.items():
-        torch.testing.assert_close(own[key].grad, parameter.grad, rtol=1e-3, atol=1e-5)
-
-
-def test_prefix_from_text_is_the_text(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A prefix made of a text's keys and values acts as that text before the prompt."""
-    config = PrefixTuningConfig(num_virtual_tokens=6)
-    adapter = new_adapter(load(folder), tokenizer, config)
-    assert isinstance(adapter, PrefixAdapter)
-    text, prompt = (tokenizer(t)["input_ids"] for t in ("before", "the prompt"))
-    adapter.start_from_text(text)
-    with torch.no_grad():
-        expected = load(folder)(torch.tensor([text + prompt])).logits[:, len(text) :]
-        ids = torch.tensor([prompt])
-        actual = adapter(ids, torch.ones_like(ids), torch.arange(len(prompt)))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def test_prompt_from_text_is_pefts(
-    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    options: dict[str, Any] = {
-        "num_virtual_tokens": 5,
-        "prompt_tuning_init": "TEXT",
-        "prompt_tuning_init_text": "abc",
-        "task_type": "CAUSAL_LM",
-    }
-    adapter = new_adapter(load(folder), tokenizer, PromptTuningConfig(**options))
-    config = peft.PromptTuningConfig(**options, tokenizer_name_or_path=str(folder))
-    theirs = with_peft(load(folder), config)
-    expected = theirs.get_prompt_embedding_to_save("default")
-    assert torch.equal(adapter.tensors()["prompt_embeddings"], expected)
-    save_adapter(adapter, tmp_path)
-    loaded = from_files(load(folder), tmp_path)
-    assert torch.equal(loaded.get_prompt_embedding_to_save("default"), expected)
-
-
-def test_only_the_answer_is_in_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
-    long, short = (
-        tokenize(Example(prompt, completion, 1), tokenizer)
-        for prompt, completion in [("question", "an answer"), ("q", "a")]
-    )
-    batch = collate([long, short])
-    for i, completion in enumerate(["an answer", "a"]):
-        labels = batch.labels[i]
-        assert tokenizer.decode(labels[labels != IGNORED]) == f"{completion}<|end|>"
-        assert torch.equal(labels[labels != IGNORED], batch.input_ids[i][labels != IGNORED])
-    assert batch.attention_mask.sum(dim=1).tolist() == [len(long.ids), len(short.ids)]
-    served = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "question"}], add_generation_prompt=True, return_dict=False
-    )
-    assert list(long.ids[: long.prompt_len]) == served
-
-
-@pytest.mark.parametrize(
-    ("text", "suffix", "line", "reason"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": 1\n', "jsonl", 3, "not valid JSON"),
-        ('{"prompt": "a", "completion": "b"}\n["a"]\n', "jsonl", 2, "a JSON object is expected"),
-        ('{"prompt": "a", "answer": "b"}\n', "jsonl", 1, "no column 'completion'"),
-        ('{"prompt": "a", "completion": null}\n', "jsonl", 1, "holds null"),
-        ('{"prompt": "a", "completion": " "}\n', "jsonl", 1, "the completion is empty"),
-        ('prompt,completion\na,b\n"c\nd",e\nf\n', "csv", 5, "1 fields, where the header names 2"),
-        ("prompt\tcompletion\na\tb\tc\n", "tsv", 2, "3 fields, where the header names 2"),
-        ('prompt,completion\na,"b\n', "csv", 2, "not readable as a table"),
-        ("prompt,completion\n", "csv", 1, "the file holds no row"),
-        ("a b", "txt", 1, "is not one of .jsonl, .csv, .tsv"),
-    ],
-)
-def test_bad_rows_are_refused(
-    text: str, suffix: str, line: int, reason: str, tmp_path: Path
-) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    path.write_text(text)
-    with pytest.raises(DataError, match=f"rows.{suffix}:{line}: ") as error:
-        load_examples(path)
-    assert reason in str(error.value)
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not UTF-8"):
-        load_examples(path)
-
-
-def test_every_bad_line_is_listed(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n" * 30)
-    with pytest.raises(DataError) as error:
-        load_examples(path)
-    assert len(error.value.problems) == 30
-    assert "rows.jsonl:10: " in str(error.value)
-    assert "and 20 more" in str(error.value)
-
-
-def test_templates_fill_columns(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('title,n,text\n"One, two",7,"a\nb"\nx\u2028y,8,c\n')
-    assert load_examples(path, "Say {title} ({n}) {not one}", "{text}") == [
-        Example("Say One, two (7) {not one}", "a\nb", 2),
-        Example("Say x\u2028y (8) {not one}", "c", 4),
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"prompt": f"say {c}", "completion": c * (2 + i % 5)} for i, c in enumerate("abcdefgh" * 4)
     ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_long_rows_are_refused_before_training(folder: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:4: \d+ tokens, over max_len of 20"):
-        train(recipe_for(folder, rows, tmp_path / "out", max_len=20), progress=False)
+def recipe(base: Path, data: Path, output: Path, **changes: Any) -> Recipe:
+    values = {
+        "model": str(base), "data": str(data), "output": output, "method": LORA, "batch_size": 4,
+        "steps": 6, "lr": 1e-2, "eval_rows": 8,
+    }  # fmt: skip
+    return Recipe(**(values | changes))
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def scalars(output: Path, tag: str) -> list[float]:
+    """A curve in TensorBoard's events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(output / EVENTS))
+    accumulator.Reload()
+    return [event.value for event in accumulator.Scalars(tag)]
+
+
+# -- the loss ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.gemma3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, task_type="CAUSAL_LM"),
+        LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"]),
+        IA3Config(task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        AdaLoraConfig(total_step=9, task_type="CAUSAL_LM"),
+    ],
+    ids=["lora", "lora-head", "ia3", "prefix", "prompt", "adalora"],
+)
+def test_dropping_rows_before_the_head_changes_nothing(make: Any, config: PeftConfig) -> None:
+    """Loss and gradients are those of the model's own loss over all positions."""
+    features = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
+        {"input_ids": [15, 16, 17], "labels": [IGNORED, IGNORED, 17]},
+    ]
+    batch = padded(features)
+    model = get_peft_model(make(), dataclasses.replace(config)).eval()
+    model(**batch).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    total, count = summed_loss(model, batch)
+    loss = total / count
+    term = model.regularization()
+    loss = loss if term is None else loss + term
+    loss.backward()
+    assert count == 4
+    torch.testing.assert_close(loss, model(**batch).loss)
+    for parameter, other in zip(
+        (p for p in model.parameters() if p.requires_grad), expected, strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, other)
+
+
+def test_only_the_wanted_rows_get_logits() -> None:
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM"))
+    ids = torch.arange(12).view(2, 6)
+    keep = torch.zeros(2, 6, dtype=torch.bool)
+    keep[0, 1] = keep[1, 4] = keep[1, 5] = True
+    with only_rows(model, keep):
+        logits = model(ids).logits
+    assert logits.shape == (1, 3, tiny.VOCAB)
+    torch.testing.assert_close(logits[0], model(ids).logits[keep])
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.gemma3])
+def test_packed_samples_do_not_see_each_other(make: Any) -> None:
+    """Logits, loss and gradients equal those of the samples alone."""
+    generator = torch.Generator().manual_seed(0)
+    features = []
+    for length in (5, 9, 3, 7, 20):
+        ids = torch.randint(0, 250, (length,), generator=generator).tolist()
+        features.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+    model = get_peft_model(make(), LoraConfig(r=4, task_type="CAUSAL_LM")).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    alone = [model(input_ids=torch.tensor([f["input_ids"]])).logits[0] for f in features]
+    batch = side_by_side([{"samples": features[:3]}, {"samples": features[3:]}])
+    packed = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).logits
+    rows = [packed[0, :5], packed[0, 5:14], packed[0, 14:17], packed[1, :7], packed[1, 7:27]]
+    for got, expected in zip(rows, alone, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    grads = []
+    for inputs in (batch, padded(features)):
+        model.zero_grad()
+        total, count = summed_loss(model, inputs)
+        assert count == sum(len(f["input_ids"]) - 1 for f in features)
+        total.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_leaves(base: Path, data: Path, tmp_path: Path) -> None:
+    summary = train(recipe(base, data, tmp_path / "out"), progress=False)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", SUMMARY_NAME, "loss.png", EVENTS,
+    }  # fmt: skip
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(scalars(tmp_path / "out", "train/loss")) == 6
+    written = json.loads((tmp_path / "out" / SUMMARY_NAME).read_text())
+    assert written == dataclasses.asdict(summary)
+    assert summary.steps == 6
+    assert (summary.num_rows, summary.num_eval_rows) == (24, 8)
+    assert summary.initial_eval is not None
+    assert summary.final_eval is not None
+    assert summary.final_eval["loss"] < summary.initial_eval["loss"]
+    assert summary.tokens_per_second > 0
+    assert summary.peak_memory_bytes > 1 << 26
+    assert summary.base_model == "tiny-llama"
+    assert len(summary.base_sha256) == len(summary.data_sha256) == 64
+    assert not summary.interrupted
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-llama", "no path of this machine"
+    theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "out").eval()
+    ours = PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ({"peft_type": "IA3"}, {}),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, {"init_text": "hello there"}),
+        (
+            {
+                "peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4,
+                "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "abc",
+            },
+            {},
+        ),
+        ({"peft_type": "ADALORA", "total_step": 6, "tfinal": 1, "tinit": 1}, {}),
+        ({"peft_type": "BOTTLENECK"}, {}),
+        (LORA, {"packing": True, "gradient_accumulation": 2, "max_len": 64}),
+        (LORA, {"quantization": "nf4", "save_dtype": "float16"}),
+        (LORA, {"quantization": "int8", "gradient_checkpointing": True}),
+        (LORA, {"dtype": "bfloat16", "loss_on": "everything"}),
+    ],
+    ids=lambda v: v.get("peft_type", "") if "peft_type" in v else "-".join(map(str, v.values())),
+)  # fmt: skip
+def test_methods_and_options(
+    method: dict[str, Any], options: dict[str, Any], base: Path, data: Path, tmp_path: Path
+) -> None:
+    run = recipe(base, data, tmp_path, method=method, **options)
+    summary = train(run, progress=False)
+    assert summary.initial_eval is not None
+    assert summary.final_eval is not None
+    assert summary.final_eval["loss"] < summary.initial_eval["loss"]
+    model = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert model.peft_type == method["peft_type"]
+    if "save_dtype" in options:
+        tensors = load_file(tmp_path / tiny.WEIGHTS_NAME).values()
+        assert {t.dtype for t in tensors} == {torch.float16}
+
+
+def test_the_same_seed_is_the_same_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        train(recipe(base, data, tmp_path / name), progress=False)
+        files.append((tmp_path / name / tiny.WEIGHTS_NAME).read_bytes())
+    train(recipe(base, data, tmp_path / "c", seed=1), progress=False)
+    assert files[0] == files[1]
+    assert files[0] != (tmp_path / "c" / tiny.WEIGHTS_NAME).read_bytes()
+
+
+def test_an_interrupted_run_resumes_to_the_uninterrupted_one(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    whole = recipe(base, data, tmp_path / "whole", save_steps=3)
+    train(whole, progress=False)
+
+    class StopAfterFour(StopWhenAsked):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.asked = state.global_step == 4
+            super().on_step_end(args, state, control, **kwargs)
+
+    half = recipe(base, data, tmp_path / "half")
+    summary = train(half, stop=StopAfterFour(), progress=False)
+    assert summary.interrupted
+    assert summary.steps == 4
+    PeftModel.from_pretrained(tiny.llama(), tmp_path / "half")
+    assert (tmp_path / "half" / CHECKPOINTS / "checkpoint-4").is_dir()
+    rest = train(recipe(base, data, tmp_path / "half", resume=True, save_steps=3), progress=False)
+    assert rest.steps == 6
+    expected = losses(tmp_path / "whole" / CHECKPOINTS / "checkpoint-6")
+    assert losses(tmp_path / "half" / CHECKPOINTS / "checkpoint-6") == pytest.approx(expected)
+    for name, tensor in load_file(tmp_path / "whole" / tiny.WEIGHTS_NAME).items():
+        torch.testing.assert_close(load_file(tmp_path / "half" / tiny.WEIGHTS_NAME)[name], tensor)
+
+
+def test_it_stops_early_and_keeps_the_best(base: Path, data: Path, tmp_path: Path) -> None:
+    run = recipe(
+        base, data, tmp_path, lr=0.5, steps=40, eval_steps=2, patience=2, schedule="linear"
+    )
+    summary = train(run, progress=False)
+    assert summary.steps < 40
+    assert not (tmp_path / CHECKPOINTS).exists(), "checkpoints go when the run is done"
+    assert summary.final_eval is not None
+    measured = scalars(tmp_path, "eval/loss")[1 : 1 + summary.steps // 2]
+    assert min(measured) == measured[-3], "two evaluations without an improvement"
+    assert summary.final_eval["loss"] == pytest.approx(min(measured), abs=1e-4)
+
+
+def test_resuming_goes_on_waiting_for_an_improvement(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """A run that is interrupted while early stopping waits ends where it would have ended."""
+    options = {"lr": 0.5, "steps": 40, "eval_steps": 2, "patience": 3}
+    whole = train(recipe(base, data, tmp_path / "whole", **options), progress=False)
+    assert 6 <= whole.steps < 40
+
+    class StopBefore(StopWhenAsked):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.asked = state.global_step == whole.steps - 2
+            super().on_step_end(args, state, control, **kwargs)
+
+    half = recipe(base, data, tmp_path / "half", **options)
+    assert train(half, stop=StopBefore(), progress=False).interrupted
+    with pytest.raises(RecipeError, match="holds an adapter; --overwrite"):
+        train(half, progress=False)
+    rest = train(recipe(base, data, tmp_path / "half", resume=True, **options), progress=False)
+    assert rest.steps == whole.steps
+    assert rest.final_eval == whole.final_eval
+
+
+def test_ctrl_c_leaves_a_usable_adapter_and_a_checkpoint(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-W", "ignore", "-m", "peftcore.train", "--model", str(base), "--data",
+        str(data), "--output", str(tmp_path / "out"), "--method", "LORA", "--set", "r=2",
+        "--steps", "100000", "--batch-size", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    events = tmp_path / "out" / EVENTS
+    try:
+        end = time.monotonic() + 90
+        while not events.exists() or not any(p.stat().st_size > 2000 for p in events.iterdir()):
+            assert time.monotonic() < end, "training never started"
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert json.loads(output)["interrupted"] is True
+    PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")
+    assert any((tmp_path / "out" / CHECKPOINTS).iterdir())
+
+
+def test_a_classifier(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    tiny.bert("FEATURE_EXTRACTION").save_pretrained(folder)
+    tiny.hf_tokenizer().save_pretrained(folder)
+    rows = tmp_path / "rows.tsv"
+    rows.write_text(
+        "".join(f"{c * 6} film\t{'good' if c < 'd' else 'bad'}\n" for c in "abcdef" * 8)
+    )
+    run = Recipe(
+        model=str(folder), data=str(rows), columns=["text", "label"], task="SEQ_CLS", steps=25,
+        method={"peft_type": "LORA", "target_modules": ["query", "value"], "lora_dropout": 0.0},
+        eval_rows=12, lr=1e-2, output=tmp_path / "out",
+    )  # fmt: skip
+    summary = train(run, progress=False)
+    assert summary.final_eval is not None
+    assert summary.initial_eval is not None
+    assert summary.final_eval["accuracy"] > max(0.8, summary.initial_eval["accuracy"])
+    tensors = load_file(tmp_path / "out" / tiny.WEIGHTS_NAME)
+    assert "base_model.model.classifier.weight" in tensors
+    assert summary.labels == ["bad", "good"]
+    rows.write_text("one\tgood\ntwo\tgood\n")
+    with pytest.raises(DataError, match="every row has the label 'good'"):
+        train(run.model_copy(update={"overwrite": True}), progress=False)
+
+
+def test_a_decoder_classifies_by_a_rows_last_token(tmp_path: Path) -> None:
+    """Whatever the row is padded with: the tokenizer and the config may name no padding."""
+    folder = tmp_path / "llama"
+    tiny.llama(pad_token_id=None).save_pretrained(folder)
+    tokenizer = tiny.hf_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    texts = [("x" * n + end, end == "!") for n in range(1, 9) for end in "!?"]
+    rows.write_text("".join(json.dumps({"text": t, "label": int(y)}) + "\n" for t, y in texts * 3))
+    run = Recipe(
+        model=str(folder), data=str(rows), task="SEQ_CLS", steps=25, batch_size=8, lr=1e-2,
+        method={"peft_type": "LORA", "r": 4}, eval_rows=0.25, output=tmp_path / "out",
+    )  # fmt: skip
+    summary = train(run, progress=False)
+    assert summary.num_eval_rows == 12
+    alone = {"batch_size": 1, "steps": 1, "output": tmp_path / "alone"}
+    assert train(run.model_copy(update=alone), progress=False).initial_eval == summary.initial_eval
+    assert summary.final_eval is not None
+    assert summary.final_eval["accuracy"] == 1.0
+    theirs = peft.PeftModel.from_pretrained(
+        LlamaForSequenceClassification.from_pretrained(folder, num_labels=2), tmp_path / "out"
+    ).eval()
+    for text, label in [("xxx!", 1), ("x?", 0)]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        assert int(theirs(input_ids=ids).logits.argmax()) == label
+
+
+def test_the_adapter_is_uploaded(base: Path, data: Path, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        main(
+            ["--model", str(base), "--data", str(data), "--output", str(tmp_path / "mine"),
+             "--method", "LORA", "--steps", "1", "--upload", server.url, "--name", "fresh"]
+        )  # fmt: skip
+        answer = server.http.get("/v1/adapters/fresh")
+        assert answer.status_code == 200
+        assert answer.json()["method"] == "LORA"
+        expected = server.expected("say a", [(tmp_path / "mine", 1.0)])
+        assert server.complete("fresh", "say a") == expected
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    assert caught.value.code not in (0, None)
+    return str(caught.value.code) + capsys.readouterr().err
+
+
+def test_bad_data_is_refused_before_the_model_is_loaded(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("peftcore.train.run.load_base", never)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "x"}\n')
+    text = refused(
+        capsys, "--model", str(base), "--data", str(rows), "--output", str(tmp_path / "out"),
+        "--method", "LORA",
+    )  # fmt: skip
+    assert f"{rows}:2: no column 'completion'" in text
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_makes_an_adapter(
-    folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_the_command_refuses(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "base_model: some/Name\nmethod: {peft_type: LORA, r: 2, target_modules: [q_proj]}\n"
-        "steps: 30\nlr: 0.05\nbatch_size: 4\neval_rows: 4\nsave_dtype: float16\n"
-    )
-    output = tmp_path / "out"
-    flags = [str(recipe), f"--model={folder}", f"--data={rows}", f"--output={output}"]
-    main([*flags, "--set", "r=3", "--epochs", "5"])
-    summary = json.loads((output / SUMMARY_NAME).read_text())
-    assert json.loads(capsys.readouterr().out) == summary
-    assert (summary["steps"], summary["num_rows"], summary["num_eval_rows"]) == (25, 20, 4)
-    assert summary["eval_loss"] < summary["initial_eval_loss"]
-    assert summary["interrupted"] is False
-    config = json.loads((output / CONFIG_NAME).read_text())
-    assert (config["r"], config["base_model_name_or_path"]) == (3, "some/Name")
-    assert {t.dtype for t in load_file(output / WEIGHTS_NAME).values()} == {torch.float16}
-
-    with pytest.raises(SystemExit, match="--overwrite"):
-        main(flags)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"learning_rate": 1}, "learning_rate: Extra inputs are not permitted"),
-        ({"lr": -1}, "lr: Input should be greater than 0"),
-        ({"epochs": 1, "steps": 1}, "epochs and steps exclude each other"),
-        ({"method": {"peft_type": "BOFT"}}, "BOFT is not served"),
-        ({"method": {"peft_type": "LORA", "rank": 4}}, "rank"),
-    ],
-)
-def test_wrong_recipes_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.json"
-    values = {"model": "m", "data": "d", "output": "o", "method": {"peft_type": "LORA"}}
-    recipe.write_text(json.dumps({**values, **changes}))
-    with pytest.raises(RecipeError, match=reason):
-        load_recipe(recipe, {})
-
-
-def test_missing_keys_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data: Field required[\s\S]*Known keys: model, "):
-        load_recipe(None, {"model": "m", "output": "o", "method": {"peft_type": "LORA"}})
-
-
-@pytest.mark.parametrize(
-    ("config", "field"),
-    [
-        (LoraConfig(bias="all"), "bias"),
-        (LoraConfig(init_lora_weights="eva"), "init_lora_weights"),
-        (LoraConfig(use_dora=True, lora_dropout=0.1), "lora_dropout"),
-        (LoraConfig(target_modules=["lm_head"]), "target_modules"),
+    common = ["--model", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
+    lora = [*common, "--method", "LORA"]
+    for argv, message in [
+        ([*common, "--method", "BOFT"], "BOFT"),
+        (common, "method"),
+        ([*lora, "--set", "r"], "OPTION=VALUE is expected"),
+        ([*lora, "--set", "rank=4"], "rank: not known for LORA"),
+        ([*lora, "--set", "target_modules=[nothing]"], "matches no module"),
+        ([*lora, "--steps", "0"], "steps"),
+        ([*lora, "--steps", "1", "--epochs", "1"], "exclude each other"),
+        ([*lora, "--patience", "2"], "patience needs held-out rows"),
+        ([*lora, "--eval-rows", "32"], "leave none"),
+        ([*lora, "--eval-rows", "1.5"], "a number of rows, or a share below 1"),
         (
-            PromptEncoderConfig(num_virtual_tokens=2, encoder_reparameterization_type="LSTM"),
-            "encoder_reparameterization_type",
+            [*lora, "--eval-rows", "4", "--eval-steps", "4", "--save-steps", "2"],
+            "a checkpoint at each evaluation",
         ),
-    ],
-)
-def test_what_is_not_trainable_is_refused_by_name(
-    config: Any, field: str, folder: Path, tokenizer: PreTrainedTokenizerFast
+        ([*lora, "--init-text", "x"], "init_text: is for PREFIX_TUNING"),
+        ([*lora, "--resume"], "resume: .* holds no checkpoint"),
+        ([*lora, "--name", "x"], "name is for upload only"),
+        (
+            [*common, "--method", "PROMPT_TUNING", "--set", "num_virtual_tokens=3", "--packing"],
+            "packing: only for CAUSAL_LM",
+        ),
+        (["--model", str(tmp_path / "no"), *lora[2:]], "model: "),
+        (["nothing.yaml", *lora], "nothing.yaml"),
+    ]:
+        text = refused(capsys, *argv)
+        assert re.search(message, text), (argv, text)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    assert "holds an adapter; --overwrite replaces it" in refused(capsys, *lora)
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    (tmp_path / "out" / CHECKPOINTS / "checkpoint-3").mkdir(parents=True)
+    assert "holds an unfinished run; --overwrite" in refused(capsys, *lora)
+    assert (tmp_path / "out" / CHECKPOINTS / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("package", ["datasets", "tensorboard", "matplotlib"])
+def test_what_is_not_installed_is_named_first(
+    package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UnsupportedError) as error:
-        new_adapter(load(folder), tokenizer, config)
-    assert error.value.field == field
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "peftcore.train.cli.find_spec", lambda name: None if name == package else found(name)
+    )
+    text = refused(capsys, "--data", "x", "--output", "y", "--method", "LORA")
+    assert f"{package} is not installed: pip install 'polypeft[train]'" in text
 
 
-def test_init_text_is_for_prefixes(folder: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="init_text"):
-        train(recipe_for(folder, rows, tmp_path / "out", init_text="hi"), progress=False)
-
-
-def test_epochs_and_steps(folder: Path, rows: Path, tmp_path: Path) -> None:
-    recipes = [
-        recipe_for(folder, rows, tmp_path, **values)
-        for values in ({}, {"epochs": 2.5}, {"steps": 7})
-    ]
-    assert [num_steps(10, recipe) for recipe in recipes] == [3, 8, 7]
-
-
-def test_interrupt_leaves_a_usable_adapter(folder: Path, rows: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "peftcore.train", f"--model={folder}", f"--data={rows}"]
-    command += [f"--output={output}", "--method=LORA", "--steps=1000000"]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=root
-    ) as process:
-        assert process.stderr is not None
-        seen = b""
-        while b"loss=" not in seen:
-            chunk = os.read(process.stderr.fileno(), 4096)
-            assert chunk, f"ended before its first step: {seen!r}"
-            seen += chunk
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == 130
-    summary = json.loads((output / SUMMARY_NAME).read_text())
-    assert summary["interrupted"] is True
-    assert summary["steps"] > 0
-    from_files(load(folder), output)
-
-
-def test_a_prefix_compiles_to_what_peft_would_cache(
-    folder: Path, rows: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+def test_an_upload_that_fails_leaves_the_folder(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = load(folder)
-    adapter = new_adapter(model, tokenizer, PrefixTuningConfig(num_virtual_tokens=3))
-    save_adapter(adapter, tmp_path)
-    reader = TensorReader.from_file(tmp_path / WEIGHTS_NAME)
-    text = (tmp_path / CONFIG_NAME).read_text()
-    program = compile_adapter(config_from_json(text), reader, BaseModel.from_model(model))
-    layers = from_files(load(folder), tmp_path).get_prompt(1).layers
-    for primitive, layer in zip(program.primitives, layers, strict=True):
-        assert isinstance(primitive, PrefixKV)
-        assert torch.equal(primitive.keys, layer.keys[0].transpose(0, 1))
-        assert torch.equal(primitive.values, layer.values[0].transpose(0, 1))
+    text = refused(
+        capsys, "--model", str(base), "--data", str(data), "--output", str(tmp_path / "out"),
+        "--method", "LORA", "--steps", "1", "--upload", "http://127.0.0.1:9",
+    )  # fmt: skip
+    assert "http://127.0.0.1:9/v1/adapters" in text
+    assert (tmp_path / "out" / tiny.WEIGHTS_NAME).is_file()
+
+
+def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "data: rows.jsonl\noutput: out\nepochs: 2\nlr: 1.0e-3\n"
+        "method: {peft_type: LORA, r: 4, lora_alpha: 8}\n"
+    )
+    found = load_recipe(path, {"steps": 7, "method": {"r": 6}})
+    assert (found.steps, found.epochs, found.lr) == (7, None, 1e-3)
+    assert found.method == {"peft_type": "LORA", "r": 6, "lora_alpha": 8}
+    other = load_recipe(path, {"method": {"peft_type": "IA3"}})
+    assert other.method == {"peft_type": "IA3"}
+    path.write_text("data: x\noutput: y\nmethod: {peft_type: LORA}\nlearning_rate: 1\n")
+    with pytest.raises(RecipeError, match=r"learning_rate: .*\nKnown keys: model"):
+        load_recipe(path, {})
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name in Recipe.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "polypeft-train recipe.yaml" in text

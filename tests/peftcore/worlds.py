@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +22,27 @@ from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import AdapterConfig, config_from_dict
 from peftcore.program import AdapterProgram, compile_adapter
 from tests import tiny
+
+#: Per world, the names of its adapters.
+NAMES = {model_type: list(tiny.peft_configs(model_type)) for model_type in ("llama", "gpt2")}
+
+
+def each_adapter(
+    among: Container[str] | None = None, but: Container[str] = ()
+) -> pytest.MarkDecorator:
+    """Parametrizes a test by the pairs of `world` and `name` that there are.
+
+    Args:
+        among: only adapters of these names; None: all.
+        but: none of these names.
+    """
+    pairs = [
+        pytest.param(model_type, name, id=f"{model_type}-{name}")
+        for model_type, names in NAMES.items()
+        for name in names
+        if (among is None or name in among) and name not in but
+    ]
+    return pytest.mark.parametrize(("world", "name"), pairs, indirect=["world"])
 
 
 @contextmanager
@@ -78,6 +100,9 @@ class World:
         return cls(model, BaseModel.from_model(model), folders)
 
     def saved(self, name: str) -> SavedAdapter:
+        """Skips the test where peft has no such adapter on this base."""
+        if name not in self.folders:
+            pytest.skip(f"no {name} on {self.base.model_type}")
         return SavedAdapter.read(self.folders[name])
 
     def save(self, config: peft.PeftConfig, folder: Path) -> SavedAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save
 
+from peftcore import BottleneckConfig, get_peft_model
 from tests.serving import CONFIG, WEIGHTS, Served
 
 BOUNDARY = "boundary"
@@ -75,6 +78,31 @@ def test_created_unchanged_updated(server: Served) -> None:
     assert (updated.status_code, updated.json()["status"]) == (201, "updated")
     assert updated.json()["digest"] != info["digest"]
     assert server.complete("new", "abc") == server.expected("abc", [(second, 1.0)])
+
+
+def test_adapterhubs_files_are_taken(server: Served) -> None:
+    """Under the same two fields; and its refusals name its keys."""
+    torch.manual_seed(17)
+    config = BottleneckConfig.preset("par_bn", init_weights="houlsby", name="theirs")
+    model = get_peft_model(copy.deepcopy(server.model), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    folder = server.folder / "adapterhub"
+    model.save_pretrained(folder)
+    weights = (folder / "adapter.safetensors").read_bytes()
+    info = server.push("new", folder, weights=weights).json()
+    assert (info["status"], info["method"], info["rank"]) == ("created", "BOTTLENECK", 0)
+    assert "model.layers.0.mlp.down_proj" in info["modules"]
+    ids = server.runtime.tokenizer.encode("abc")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.eval().generate(torch.tensor([ids]), **options)[0, len(ids) :]
+    assert server.complete("new", "abc") == server.runtime.tokenizer.decode(expected.tolist())
+    raw = json.loads((folder / CONFIG).read_text())
+    raw["config"]["use_gating"] = True
+    answer = server.push("gated", folder, config=json.dumps(raw).encode(), weights=weights)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "use_gating"
 
 
 def test_show_list_and_delete(server: Served) -> None:

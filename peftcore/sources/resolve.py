@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from server.models.gguf_conversion import CONVERTER_VERSION, ConversionError, convert_gguf
+from peftcore.sources.gguf_conversion import CONVERTER_VERSION, ConversionError, convert_gguf
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -53,7 +53,7 @@ class ModelFolder:
     """A model on this machine, ready for `from_pretrained(path)`."""
 
     path: Path
-    name: str  # what the server calls it: "SmolLM2-135M-Instruct"
+    name: str  # what servers call it: "SmolLM2-135M-Instruct"
     source: str  # what the user asked for, for messages
 
 

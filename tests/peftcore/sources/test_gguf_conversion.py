@@ -11,9 +11,9 @@ from gguf import GGUFReader, dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from server.models.gguf_conversion import ConversionError, convert_gguf
-from server.models.sources import resolve_model
-from tests.server.models.tiny_gguf import (
+from peftcore.sources.gguf_conversion import ConversionError, convert_gguf
+from peftcore.sources.resolve import resolve_model
+from tests.peftcore.sources.tiny_gguf import (
     MERGES,
     SPECIAL,
     TEMPLATE,

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM
 
-from server.models import sources
-from server.models.sources import (
+from peftcore.sources import resolve as sources
+from peftcore.sources.resolve import (
     DEFAULT_MODEL,
     ModelFolder,
     ModelSourceError,
@@ -20,7 +20,7 @@ from server.models.sources import (
     download_gguf_from_packages,
     resolve_model,
 )
-from tests.server.models.tiny_gguf import tiny_llama, write_gguf
+from tests.peftcore.sources.tiny_gguf import tiny_llama, write_gguf
 
 
 @pytest.fixture

@@ -1,0 +1,252 @@
+"""Bottleneck adapters as the files of AdapterHub's `adapters` 1.3.
+
+    adapter_config.json    {config: {…}, hidden_size, model_class, model_name, model_type, name,
+                           version}; PEFT's has the same name, and `peft_type` instead of these
+    adapter.safetensors    keys hold the adapter's name: <place in the model>.adapters.<name>.…
+    head_config.json       where a head is trained too: {config: null, model_class, …}
+    model_head.safetensors its tensors, under their own paths
+
+A classifier that the adapter trains whole (`modules_to_save`) is such a head. Pickles are not read,
+and no head that only AdapterHub's own model classes have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from safetensors.torch import save
+from torch import Tensor
+
+from peftcore.branches import backbone_of
+from peftcore.checkpoint.files import replace_file
+from peftcore.checkpoint.reader import PREFIX, TensorReader
+from peftcore.config import CONFIG_NAME, AdapterConfig
+from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
+from peftcore.methods.bottleneck import PRESETS, BottleneckConfig
+
+WEIGHTS_NAME = "adapter.safetensors"
+HEAD_CONFIG_NAME = "head_config.json"
+HEAD_NAME = "model_head.safetensors"
+
+#: Every file of an adapter, for a download.
+FILES = (CONFIG_NAME, WEIGHTS_NAME, HEAD_CONFIG_NAME, HEAD_NAME)
+
+#: What is written is what this version of `adapters` writes.
+VERSION = "adapters.1.3.0"
+
+#: Keys of `config` that mean something beside phm_layer or inv_adapter only, which are refused;
+#: with the values that AdapterHub writes.
+_IDLE: dict[str, Any] = {
+    "inv_adapter_reduction_factor": None,
+    "phm_dim": 4,
+    "factorized_phm_W": True,
+    "shared_W_phm": False,
+    "shared_phm_rule": True,
+    "factorized_phm_rule": False,
+    "phm_c_init": "normal",
+    "phm_init_range": 0.0001,
+    "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform",
+    "phm_rank": 1,
+    "phm_bias": True,
+}
+_OFF: dict[str, Any] = {
+    "use_gating": False,
+    "inv_adapter": None,
+    "cross_adapter": False,
+    "phm_layer": False,
+}
+
+#: Keys that AdapterHub gives no default.
+_REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
+
+_OLD_PRESETS = {
+    "pfeiffer": "seq_bn",
+    "houlsby": "double_seq_bn",
+    "parallel": "par_bn",
+    "scaled_parallel": "scaled_par_bn",
+}
+
+#: What the activations were called before configs had a version.
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+
+#: Fields of ours that are not in `config`: key of the file → field.
+_OUTER = {
+    "name": "name",
+    "model_type": "model_type",
+    "model_class": "model_class",
+    "hidden_size": "hidden_size",
+    "model_name": "base_model_name_or_path",
+}
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def is_adapterhub(raw: Mapping[str, Any]) -> bool:
+    """Is this AdapterHub's form of a config, rather than PEFT's?"""
+    return "peft_type" not in raw and "config" in raw and "model_type" in raw
+
+
+def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """AdapterHub's JSON as what `config_from_dict` takes in PEFT's form.
+
+    Raises:
+        ConfigError, UnsupportedError: another method than a bottleneck, or not a whole config.
+    """
+    given = raw["config"]
+    if isinstance(given, str):
+        name = _OLD_PRESETS.get(given, given)
+        if name not in PRESETS:
+            raise UnsupportedError("config", f"{given!r} is not one of {_names(PRESETS)}")
+        given = dataclasses.asdict(BottleneckConfig.preset(name))
+    if not isinstance(given, dict):
+        raise ConfigError("config", f"an object is expected, not {type(given).__name__}")
+    if given.get("architecture") is not None:
+        raise UnsupportedError(
+            "architecture",
+            f"{given['architecture']!r}: of AdapterHub's methods only bottlenecks are supported; "
+            "for others use PEFT's files",
+        )
+    for key in _REQUIRED:
+        if key not in given:
+            raise ConfigError(key, "required in an AdapterHub config")
+    values = {"original_ln_before": False} | {
+        key: value for key, value in given.items() if key not in _IDLE and key != "architecture"
+    }
+    if "version" not in raw and isinstance(old := values["non_linearity"], str):
+        values["non_linearity"] = _OLD_ACTIVATIONS.get(old, old)
+    values |= {field: raw[key] for key, field in _OUTER.items() if raw.get(key) is not None}
+    if "name" not in raw:
+        raise ConfigError("name", "required in an AdapterHub config")
+    task = _task(raw.get("model_class"))
+    if task == "CAUSAL_LM":
+        values["task_type"] = task
+    return {"peft_type": BottleneckConfig.peft_type, **values}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _task(model_class: object) -> str | None:
+    name = str(model_class)
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def config_json(config: BottleneckConfig) -> dict[str, Any]:
+    """The config in AdapterHub's form."""
+    values = dataclasses.asdict(config)
+    inherited = {field.name for field in dataclasses.fields(AdapterConfig)}
+    inner = {k: v for k, v in values.items() if k not in {*inherited, *_OUTER.values()}}
+    outer = {key: values[field] for key, field in _OUTER.items()}
+    return {
+        **outer,
+        "model_name": outer["model_name"] or "",
+        "config": {**inner, **_OFF, **_IDLE},
+        "version": VERSION,
+    }
+
+
+def write_config(folder: Path, config: BottleneckConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / CONFIG_NAME, _json(config_json(config)))
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def write(folder: Path, config: BottleneckConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the adapter, and a head beside it where there is one.
+
+    Args:
+        tensors: by the keys of their parts; those of modules that are trained whole have PEFT's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {k: v.detach().cpu().clone() for k, v in tensors.items()}  # no two names of one memory
+    head = {k.removeprefix(PREFIX): own.pop(k) for k in list(own) if k.startswith(PREFIX)}
+    replace_file(folder / WEIGHTS_NAME, save(own))
+    if head:
+        replace_file(folder / HEAD_NAME, save(head))
+        about = config_json(config) | {"config": None, "name": None}
+        replace_file(folder / HEAD_CONFIG_NAME, _json(about))
+    else:
+        for name in (HEAD_NAME, HEAD_CONFIG_NAME):
+            (folder / name).unlink(missing_ok=True)
+    write_config(folder, config)
+
+
+def with_head(config: AdapterConfig, folder: Path) -> AdapterConfig:
+    """The config with what lies beside it: a head makes `modules_to_save` and `task_type`.
+
+    Raises:
+        CheckpointError: the head is a pickle.
+        UnsupportedError: it is one that only AdapterHub's model classes have.
+    """
+    assert isinstance(config, BottleneckConfig)
+    path = folder / HEAD_NAME
+    if not path.is_file():
+        if (folder / "pytorch_model_head.bin").is_file():
+            raise CheckpointError("pytorch_model_head.bin", _PICKLE)
+        return config
+    about = folder / HEAD_CONFIG_NAME
+    if about.is_file() and _head_config(about) is not None:
+        raise UnsupportedError(
+            HEAD_CONFIG_NAME,
+            "the head is one of AdapterHub's own, which no model of transformers has: save the "
+            "adapter with with_head=False, or delete the head's files",
+        )
+    keys = list(TensorReader.from_file(path).keys())
+    backbone = backbone_of(config.model_type or "")
+    modules = {
+        key.rpartition(".")[0] if key.startswith(f"{backbone}.") else key.partition(".")[0]
+        for key in keys
+    }
+    return dataclasses.replace(
+        config, modules_to_save=sorted(modules), task_type=_task(config.model_class)
+    )
+
+
+def _head_config(path: Path) -> object:
+    """What makes a head of AdapterHub's own; None for a head of the model's class."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(HEAD_CONFIG_NAME, f"not valid JSON: {exc}") from None
+    return raw.get("config") if isinstance(raw, dict) else raw
+
+
+_PICKLE = (
+    "a pickle can run code and is not read: load it in adapters and save it again with "
+    "model.save_adapter(folder, name, use_safetensors=True)"
+)
+
+
+def owns(config: AdapterConfig) -> TypeGuard[BottleneckConfig]:
+    """Are the adapters of this config's method saved in AdapterHub's files?"""
+    return isinstance(config, BottleneckConfig)
+
+
+def read_tensors(folder: Path) -> TensorReader:
+    """The tensors by the keys of their parts. Raises CheckpointError, FileNotFoundError."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / "pytorch_adapter.bin").is_file():
+            raise CheckpointError("pytorch_adapter.bin", _PICKLE)
+        raise FileNotFoundError(f"{folder}: holds no {WEIGHTS_NAME}")
+    body = TensorReader.from_file(path)
+    head = folder / HEAD_NAME
+    if not head.is_file():
+        return body
+    tensors = {key: body.peek(key) for key in body.keys()}  # noqa: SIM118  (not a mapping)
+    saved = TensorReader.from_file(head)
+    return TensorReader(tensors | {PREFIX + key: saved.peek(key) for key in saved.keys()})  # noqa: SIM118
