@@ -132,7 +132,12 @@ class Clock(transformers.TrainerCallback):
 
 
 def hf_train(
-    model: nn.Module, rows: Rows, args: argparse.Namespace, batch_size: int, steps: int
+    model: nn.Module,
+    rows: Rows,
+    args: argparse.Namespace,
+    batch_size: int,
+    steps: int,
+    autocast: bool = False,
 ) -> tuple[list[float], list[float]]:
     """Train under transformers' Trainer, in the rows' order: losses, and when each step ended."""
     clock = Clock()
@@ -142,6 +147,7 @@ def hf_train(
             learning_rate=args.learning_rate, lr_scheduler_type="constant", logging_steps=1,
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
             dataloader_pin_memory=False, train_sampling_strategy="sequential",
+            bf16=autocast,
         )  # fmt: skip
         trainer = transformers.Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate,
@@ -203,7 +209,10 @@ def run_joint(args: argparse.Namespace, folder: Path, rows: Rows) -> dict[str, A
             # Loaded anew, not timed: peft cannot take an IA3 off a base in 4 bits.
             adapted = package.get_peft_model(load(folder, args.base, True), made)
             steps = args.warmup_steps if name == "warm-up" else args.steps
-            found, ends = hf_train(adapted, data.get(name, data["lora-r8"]), args, 1, steps)
+            # peft's IA3 over a base in bfloat16 works under autocast only.
+            autocast = args.base.endswith("bf16")
+            rows = data.get(name, data["lora-r8"])
+            found, ends = hf_train(adapted, rows, args, 1, steps, autocast)
             if name != "warm-up":
                 losses[name] = found
                 seconds += ends[-1] - ends[0]

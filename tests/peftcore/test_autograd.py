@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from peftcore.ops import reference
-from peftcore.ops.autograd import add_low_rank
-from peftcore.ops.segments import LowRankPart
+from peftcore.ops.autograd import add, add_low_rank, scale
+from peftcore.ops.segments import LowRankPart, VectorPart
 
 #: Rows of each part: none, one for all, several, gaps, an empty one, overlapping ones (a mixture).
 SPANS = {
@@ -105,3 +105,60 @@ def test_a_base_in_bfloat16_keeps_float32_factors() -> None:
     got.float().sum().backward()
     assert updates[0].a.grad is not None
     assert updates[0].a.grad.dtype == torch.float32
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+
+def vectors(spans: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, list[VectorPart]]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9, 5, generator=generator, dtype=dtype)
+    made = [
+        VectorPart(start, end, torch.randn(5, generator=generator, dtype=dtype).requires_grad_())
+        for start, end in spans
+    ]
+    return x.requires_grad_(), made
+
+
+@pytest.mark.parametrize("name", [n for n in SPANS if n != "overlapping"])
+@pytest.mark.parametrize("operation", [scale, add], ids=["scale", "add"])
+def test_vectors_are_the_reference_with_gradients(name: str, operation: Any) -> None:
+    x, parts = vectors(SPANS[name], torch.float64)
+    expected = x.detach().clone()
+    {scale: reference.scale_, add: reference.add_}[operation](expected, parts)
+    torch.testing.assert_close(operation(x.detach().clone(), parts), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(operation(x.clone(), parts), expected)
+
+    def function(x: Tensor, *vs: Tensor) -> Tensor:
+        made = [part._replace(v=v) for part, v in zip(parts, vs, strict=True)]
+        return operation(x * 1.0, made)
+
+    assert torch.autograd.gradcheck(function, (x, *(part.v for part in parts)))
+
+
+@pytest.mark.parametrize("operation", [scale, add], ids=["scale", "add"])
+def test_vectors_over_bfloat16_keep_their_own_dtype(operation: Any) -> None:
+    x, parts = vectors(SPANS["gaps"], torch.float32)
+    expected = operation(x.detach().clone(), parts)
+    got = operation(x.detach().bfloat16(), parts)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.02)
+    got.float().sum().backward()
+    assert parts[0].v.grad is not None
+    assert parts[0].v.grad.dtype == torch.float32
+
+
+def test_a_parts_own_input_takes_the_place_of_xs() -> None:
+    """As after dropout: gradients reach it, and x by the other parts only."""
+    y, x, updates = world(SPANS["neighbours"], torch.float64)
+    dropped = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    whole = torch.cat([dropped, x[4:]])
+    expected = add_low_rank(y.detach().clone(), whole.detach(), parts_of(updates))
+    got = add_low_rank(y.detach().clone(), x, parts_of(updates), [dropped, None])
+    torch.testing.assert_close(got, expected)
+
+    def function(x: Tensor, own: Tensor) -> Tensor:
+        return add_low_rank(y * 1.0, x, parts_of(updates), [own, None])
+
+    assert torch.autograd.gradcheck(function, (x, dropped))
