@@ -60,6 +60,21 @@ class Draw:
             yield
 
 
+def has_dropout(model: PeftModel, name: str) -> bool:
+    """Does anything drop in training: of the base, or of the adapter `name`?"""
+    config = model.get_base_model().config.get_text_config().to_dict()
+    if any(v for k, v in config.items() if "drop" in k and isinstance(v, int | float)):
+        return True
+    for path, module in model.named_modules():
+        own = f".parts.{name}." in path or path.startswith(f"prompt_encoder.{name}.")
+        others = ".parts." in path or path.startswith("prompt_encoder.")
+        if own or not others:
+            p = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
+            if isinstance(p, int | float) and p > 0:
+                return True
+    return False
+
+
 @contextmanager
 def own_dropout(model: PeftModel, spans: Sequence[Span]) -> Iterator[None]:
     """Within, the model's dropout modules draw for each sequence of `spans` from its own `draw`."""

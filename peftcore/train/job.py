@@ -21,7 +21,7 @@ from peftcore.methods.adalora import RankAllocator
 from peftcore.methods.prompt_tuning import MultitaskPrompt
 from peftcore.model import PeftModel
 from peftcore.parts import ModulePart
-from peftcore.train.dropout import Draw
+from peftcore.train.dropout import Draw, has_dropout
 from peftcore.train.packed import Sample
 from peftcore.train.samples import IGNORED
 
@@ -164,6 +164,7 @@ class JobRun:
         self._num_tasks = (
             len(prompt.prefix_task_cols) if isinstance(prompt, MultitaskPrompt) else None
         )
+        self._drops = has_dropout(model, self.name)
         self._parameters = parameters_of(model, self.name)
         progress.num_parameters = sum(p.numel() for _, p in self._parameters)
         self.started = time.perf_counter()
@@ -241,6 +242,8 @@ class JobRun:
         self.tokens_of_batch = max(1, self._num_labels(batch))
         number = self._num_batches
         self._num_batches += 1
+        if not self._drops:
+            return [Item(self, sample, None) for sample in batch]
         return [
             Item(self, sample, Draw.of(self.job.seed, number, i)) for i, sample in enumerate(batch)
         ]

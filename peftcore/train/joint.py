@@ -98,7 +98,8 @@ class JointTrainer:
         for run in list(self._running.values()):
             with self._guard(run):
                 work += run.next_batch()
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         losses: dict[str, float] = {}
         for group in _groups(work, self.max_tokens):
             self._forward_backward([i for i in group if i.run.name in self._running], losses)

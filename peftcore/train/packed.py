@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -243,22 +243,26 @@ def _embed(base: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return torch.cat(pieces)[None]
 
 
+#: The configs of a base and of its parts that say how it attends.
+_configs: WeakKeyDictionary[PreTrainedModel, list[Any]] = WeakKeyDictionary()
+
+
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within, the model attends by `attend`."""
-    configs: dict[int, Any] = {
-        id(m.config): m.config
-        for m in model.modules()
-        if hasattr(getattr(m, "config", None), "_attn_implementation_internal")
-    }
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    configs = _configs.get(model)
+    if configs is None:
+        found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        configs = [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+        _configs[model] = configs
+    before = [config._attn_implementation_internal for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = ATTENTION
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
 
 
 def attend(
