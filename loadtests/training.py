@@ -2,7 +2,8 @@
 
 Two comparisons, over a float32 base, and over one in nf4 that computes in bfloat16:
 
-    one adapter     a LoRA under transformers' Trainer: HF peft's model, and ours in its place
+    one adapter     a LoRA under transformers' Trainer: HF peft's model, and ours in its place; and
+                    ours under the trainer of polypeft-train
     joint           four adapters of four kinds, a batch of one sample each: all in one batch, the
                     same four one after another, and HF peft's four one after another
 
@@ -41,6 +42,7 @@ import peftcore
 from peftcore.quant import quantize_model
 from peftcore.sources import resolve_model
 from peftcore.train.joint import Job, JointTrainer
+from peftcore.train.trainer import AdapterTrainer
 
 Rows = list[dict[str, list[int]]]
 
@@ -59,9 +61,10 @@ _FOUR: dict[str, dict[str, Any]] = {
 _BASES = ["fp32", "bf16", "nf4-fp32", "nf4-bf16"]
 
 #: Of each comparison; the first is what the others are compared with. "peft" and "ours" have the
-#: same base, quantized by bitsandbytes' layers; the others have ours.
+#: same base, quantized by bitsandbytes' layers, and transformers' own Trainer; "ours-trained" has
+#: the trainer of polypeft-train in its place. The others have the base as ours is quantized.
 _CONTENDERS = {
-    "single": ["peft", "ours", "ours-resident"],
+    "single": ["peft", "ours", "ours-trained", "ours-resident"],
     "joint": ["one-after-another", "joint", "peft-one-after-another"],
 }
 
@@ -138,6 +141,7 @@ def hf_train(
     batch_size: int,
     steps: int,
     autocast: bool = False,
+    trainer_class: type[transformers.Trainer] = transformers.Trainer,
 ) -> tuple[list[float], list[float]]:
     """Train under transformers' Trainer, in the rows' order: losses, and when each step ended."""
     clock = Clock()
@@ -149,7 +153,7 @@ def hf_train(
             dataloader_pin_memory=False, train_sampling_strategy="sequential",
             bf16=autocast,
         )  # fmt: skip
-        trainer = transformers.Trainer(
+        trainer = trainer_class(
             model=model, args=arguments, train_dataset=rows, data_collator=collate,
             callbacks=[clock],
         )  # fmt: skip
@@ -173,7 +177,8 @@ def run_single(args: argparse.Namespace, folder: Path, rows: Rows) -> dict[str, 
     adapted = package.get_peft_model(model, config)
     size, total = args.batch_size, args.warmup_steps + args.steps
     used = [rows[i % len(rows)] for i in range(size * total)]
-    losses, ends = hf_train(adapted, used, args, size, total)
+    trainer = AdapterTrainer if args.contender == "ours-trained" else transformers.Trainer
+    losses, ends = hf_train(adapted, used, args, size, total, trainer_class=trainer)
     seconds = ends[-1] - ends[args.warmup_steps]
     return {
         "tokens_per_s": num_tokens(used[size * args.warmup_steps :]) / seconds,
