@@ -73,7 +73,7 @@ _CONTENDERS = {
 
 
 def read_rows(args: argparse.Namespace, folder: Path) -> Rows:
-    """The data through the model's chat template; the prompt's labels are -100."""
+    """The data in tokens; the prompt's labels are -100."""
     path = Path(args.data)
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
@@ -83,11 +83,15 @@ def read_rows(args: argparse.Namespace, folder: Path) -> Rows:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows: Rows = []
     for row in raw[: args.rows]:
-        user = {"role": "user", "content": args.prompt.format(**row)}
-        answer = {"role": "assistant", "content": args.completion.format(**row)}
-        template = tokenizer.apply_chat_template
-        prompt = str(template([user], tokenize=False, add_generation_prompt=True))
-        whole = str(template([user, answer], tokenize=False))
+        prompt, completion = args.prompt.format(**row), args.completion.format(**row)
+        if args.template:
+            user = {"role": "user", "content": prompt}
+            answer = {"role": "assistant", "content": completion}
+            template = tokenizer.apply_chat_template
+            prompt = str(template([user], tokenize=False, add_generation_prompt=True))
+            whole = str(template([user, answer], tokenize=False))
+        else:
+            whole = prompt + completion
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"][: args.max_len]
         num_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         if num_prompt < len(ids):
@@ -363,6 +367,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default=str(_DATA), help=".jsonl, .csv or .tsv")
     parser.add_argument("--prompt", default="{question}", help="{column} is a column of the row")
     parser.add_argument("--completion", default="{answer}", help="likewise")
+    parser.add_argument(
+        "--template",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="through the model's chat template, or one text after the other",
+    )
     parser.add_argument("--rows", type=int, default=128, help="of the data, from the first")
     parser.add_argument("--max-len", type=int, default=512, help="longer rows are cut, in tokens")
     parser.add_argument(
