@@ -89,7 +89,7 @@ class ModulePart(nn.Module, ABC):
 
     def forward(self, base: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The module's output for rows that are all this part's; only for `own_forward`."""
-        raise NotImplementedError
+        raise AssertionError("the primitives say what this part computes")
 
     #: Training needs `forward`, because the primitives alone do not say it (dropout inside).
     own_forward = False

@@ -11,6 +11,7 @@ is one shared prompt, each task's own being its product with a low-rank matrix o
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -38,8 +39,9 @@ class _VirtualTokenConfig(PromptLearningConfig):
         self.check_base(token_dim=base.hidden_size, num_layers=len(base.kv_shapes))
         yield self._prompt(base)
 
+    @abstractmethod
     def _prompt(self, base: BaseModel) -> VirtualTokenPrompt:
-        raise NotImplementedError
+        """The prompt, its parameters not initialized."""
 
     def completed(self, base: BaseModel) -> Self:
         num_layers = len(base.kv_shapes)
