@@ -147,7 +147,11 @@ def test_every_method_equals_peft(spec: str | None, tmp_path: Path) -> None:
     with serving(model, folder, tmp_path, "none") as (runtime, paths):
         errors = run_mixed(runtime, paths, model, folder)
     # Over 600 and more positions float32 sums differ more; peft eager against peft sdpa as well.
-    assert all(e <= (2e-4 if "long" in name else 1e-4) for name, e in errors.items()), errors
+    # Where embeddings themselves are changed at random, everything after them is larger (Gemma
+    # multiplies them by √hidden), and so is what float32 loses.
+    loose = ("tokens", "lora-embedding")
+    for name, error in errors.items():
+        assert error <= (2e-4 if "long" in name or name in loose else 1e-4), errors
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
