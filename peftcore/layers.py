@@ -2,7 +2,8 @@
 
 `attach` replaces the modules that primitives act on by wrappers sharing one `AdapterHost`; before
 a forward pass the engine sets the host's batch. A module that no adapter of the batch touches does
-what it did before.
+what it did before. On a CPU the kernels compute linear modules with their adapters in one launch;
+what they do not know is done here, after them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,8 +22,10 @@ from peftcore.branches import branches_of
 from peftcore.errors import UnsupportedError
 from peftcore.ops import BlocksPart, LowRankPart, MapPart, RowsPart, VectorPart, select
 from peftcore.ops.bottleneck import BottleneckPart, post_norm, pre_norm
+from peftcore.ops.cpu import kernels, module_id
 from peftcore.packing import BoundAdapter, ModuleWeights
 from peftcore.program import surface_of
+from peftcore.quant import QuantLinear
 
 
 class Segment(NamedTuple):
@@ -62,7 +66,11 @@ class AdapterHost:
     """What the wrappers of one model share: the batch that is being computed.
 
     Attributes:
-        touched: the paths of the modules on which some adapter of the batch acts.
+        touched: the paths of the modules on which some adapter of the batch acts, but for what the
+            kernels do.
+        kernel_tokens, kernel_outputs: the kernels' segments of the batch, or None.
+        linears: path → (in, out) of the modules at which the kernels act; None where there are no
+            kernels.
         num_rows: the token rows of the running pass, as the input embedding saw them.
         streams: path of a norm → its input `[rows, dim]`, kept until the branch behind it ends,
             where a bottleneck reads it.
@@ -71,6 +79,7 @@ class AdapterHost:
     def __init__(self) -> None:
         self.num_rows = 0
         self.streams: dict[str, Tensor] = {}
+        self.linears: dict[str, tuple[int, int]] | None = None
         self.batch = AdapterBatch()
 
     @property
@@ -82,6 +91,17 @@ class AdapterHost:
         self._batch = batch
         adapters = {segment.adapter for segment in (*batch.tokens, *batch.outputs)}
         self.touched: frozenset[str] = frozenset().union(*(a.modules for a in adapters))
+        self.kernel_tokens = _kernel_segments(batch.tokens)
+        self.kernel_outputs = _kernel_segments(batch.outputs)
+
+
+def _kernel_segments(segments: Sequence[Segment]) -> Any:
+    given = [
+        (start, end, adapter.kernel, weight)
+        for start, end, adapter, weight in segments
+        if adapter.kernel is not None
+    ]
+    return kernels().Batch(given) if given else None
 
 
 class Part(NamedTuple):
@@ -173,42 +193,72 @@ class AdapterAddNorm(AdapterModule):
 class AdapterLinear(AdapterModule):
     """A linear module, plain, transposed (Conv1D) or quantized."""
 
+    def __init__(
+        self, base: nn.Module, path: str, host: AdapterHost, is_output: bool = False
+    ) -> None:
+        super().__init__(base, path, host, is_output)
+        self.id = module_id(path)
+
+    @property
+    def kernel_batch(self) -> Any:
+        return self._host.kernel_outputs if self.is_output else self._host.kernel_tokens
+
     def forward(self, x: Tensor) -> Tensor:
         """x: `[1, rows, in]`, or from a model that folds its batch `[rows, in]`; returns the same
         with `out`."""
-        parts = self.parts()
-        if not parts:
+        return linears((self,), x)[0]
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The base's map of x with what the kernels do on top."""
+        batch = self.kernel_batch
+        if batch is not None and not batch.touches(self.id):
+            batch = None
+        if _is_packed(self.base, x):
+            result: Tensor = kernels().linear(x, [self.base.kernel], [self.id], batch)[0]
+            return result
+        if batch is None:
             return self.base(x)
-        rotations: list[BlocksPart] = []
-        input_scales: list[VectorPart] = []
+        x = kernels().scale_input(x, self.id, batch)
+        y: Tensor = self.base(x).contiguous()
+        kernels().add_adapters_(y, x, self.id, batch)
+        return y
+
+    def changed_input(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """x with what the parts change of it, in a copy; x itself where that is nothing."""
+        rotations, scales = [], []
+        for start, end, weights, _ in parts:
+            if weights.rotation is not None:
+                rotations.append(BlocksPart(start, end, weights.rotation))
+            if weights.input_scale is not None:
+                scales.append(VectorPart(start, end, weights.input_scale))
+        if rotations or scales:
+            ops = select(x.device)
+            x = x.clone()
+            ops.rotate_(_rows(x), rotations)
+            ops.scale_(_rows(x), scales)
+        return x
+
+    def finish(self, result: Tensor, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """What the parts do to the base's result of x; changed in place."""
         overrides: list[MapPart] = []
         low_rank: list[LowRankPart] = []
         output_scales: list[VectorPart] = []
         biases: list[VectorPart] = []
         columns: list[RowsPart] = []
         for start, end, weights, factor in parts:
-            if weights.rotation is not None:
-                rotations.append(BlocksPart(start, end, weights.rotation))
-            if weights.input_scale is not None:
-                input_scales.append(VectorPart(start, end, weights.input_scale))
             if weights.override is not None:
                 overrides.append(MapPart(start, end, *weights.override))
             if weights.low_rank is not None:
-                a_t, b_t, scale = weights.low_rank
-                low_rank.append(LowRankPart(start, end, a_t, b_t, factor * scale))
+                update = weights.low_rank
+                scale = factor * update.scale
+                low_rank.append(LowRankPart(start, end, update.a_t, update.b_t, scale))
             if weights.output_scale is not None:
                 output_scales.append(VectorPart(start, end, weights.output_scale))
             if weights.bias is not None:
                 biases.append(VectorPart(start, end, weights.bias, factor))
             if weights.rows is not None:
                 columns.append(RowsPart(start, end, *weights.rows))
-
         ops = select(x.device)
-        if rotations or input_scales:
-            x = x.clone()
-            ops.rotate_(_rows(x), rotations)
-            ops.scale_(_rows(x), input_scales)
-        result: Tensor = self.base(x)
         x, y = _rows(x), _rows(result)
         ops.set_linear_(y, x, overrides)
         ops.add_low_rank_(y, x, low_rank)
@@ -217,6 +267,40 @@ class AdapterLinear(AdapterModule):
         if columns:
             ops.set_columns_(y, x, columns, self.base.bias)
         return self.through_bottlenecks(result, parts)
+
+
+def _is_packed(module: nn.Module, x: Tensor) -> bool:
+    return isinstance(module, QuantLinear) and module.packed and x.dtype == torch.float32
+
+
+def linears(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The results of modules that read the same x; one launch where the kernels compute them all.
+
+    Args:
+        modules: wrapped or not, with inputs of one size.
+        x: as for `AdapterLinear.forward`.
+    """
+    bases = [m.base if isinstance(m, AdapterLinear) else m for m in modules]
+    wrapped = [m for m in modules if isinstance(m, AdapterLinear)]
+    parts = [m.parts() if isinstance(m, AdapterLinear) else () for m in modules]
+    inputs = [
+        m.changed_input(x, p) if isinstance(m, AdapterLinear) and p else x
+        for m, p in zip(modules, parts, strict=True)
+    ]
+    results: list[Tensor]
+    if all(given is x for given in inputs) and all(_is_packed(base, x) for base in bases):
+        batch = wrapped[0].kernel_batch if wrapped else None
+        ids = [m.id if isinstance(m, AdapterLinear) else -1 for m in modules]
+        results = kernels().linear(x, [base.kernel for base in bases], ids, batch)
+    else:
+        results = [
+            m.compute(given) if isinstance(m, AdapterLinear) else m(given)
+            for m, given in zip(modules, inputs, strict=True)
+        ]
+    return [
+        m.finish(y, given, p) if isinstance(m, AdapterLinear) and p else y
+        for m, y, given, p in zip(modules, results, inputs, parts, strict=True)
+    ]
 
 
 class AdapterNorm(AdapterModule):
@@ -307,8 +391,9 @@ class AdapterEmbedding(AdapterModule):
                 weight, _ = weights.override
                 y[start:end] = F.embedding(token_ids[start:end], weight) * self.scale
             if weights.low_rank is not None:
-                a_t, b_t, scale = weights.low_rank
-                low_rank.append(LowRankPart(start, end, a_t, b_t, factor * scale * self.scale))
+                update = weights.low_rank
+                scale = factor * update.scale * self.scale
+                low_rank.append(LowRankPart(start, end, update.a_t, update.b_t, scale))
             if weights.rows is not None:
                 rows.append(RowsPart(start, end, *weights.rows, self.scale))
         ops = select(y.device)
@@ -328,6 +413,8 @@ def attach(model: PreTrainedModel, base: BaseModel) -> AdapterHost:
         model: the model that `base` describes, not wrapped yet.
     """
     host = AdapterHost()
+    if next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32:
+        host.linears = {} if kernels() is not None else None
     embedding = model.get_input_embeddings()
     try:
         branches = {branch.path: branch for branch in branches_of(base)}
@@ -341,6 +428,8 @@ def attach(model: PreTrainedModel, base: BaseModel) -> AdapterHost:
             wrapper = AdapterEmbedding(module.module, module.path, host, is_input)
         elif surface == "linear":
             wrapper = AdapterLinear(module.module, module.path, host, module.is_output)
+            if host.linears is not None:
+                host.linears[module.path] = (module.in_features, module.out_features)
         elif surface == "norm":
             wrapper = AdapterNorm(module.module, module.path, host)
         elif module.path in branches:

@@ -1,18 +1,23 @@
 """An adapter as one buffer: packed on the host, bound where it lies in an arena.
 
-`pack` lays a program's tensors one after another in one contiguous tensor, so that loading is one
-copy; `bind` gives the views that the layers multiply with.
+`pack` lays a program's tensors one after another in one buffer of bytes, so that loading is one
+copy; `bind` gives the views that the layers multiply with. A low-rank update's factors are kept in
+half precision where that changes none of their values, as when they were saved so: decoding with
+many adapters is bound by the bytes of their factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftcore.arena import aligned
+from peftcore.ops.cpu import kernels, module_id
+from peftcore.ops.tiles import tiled, untiled
 from peftcore.primitives import (
     BiasDelta,
     Bottleneck,
@@ -31,13 +36,22 @@ from peftcore.primitives import (
 )
 from peftcore.program import AdapterProgram
 
-#: Per primitive: the primitive with its tensors on the meta device, and their offsets in elements.
-Layout = Sequence[tuple[Primitive, tuple[int, ...]]]
+
+class Place(NamedTuple):
+    """Where one tensor lies: bytes from the adapter's start, its shape and dtype."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+#: Per primitive: the primitive with its tensors on the meta device, and their places.
+Layout = Sequence[tuple[Primitive, tuple[Place, ...]]]
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """A program's tensors in one buffer `[num_elements]`, each at an aligned offset."""
+    """A program's tensors in one buffer `[num_bytes]` uint8, each at an aligned place."""
 
     digest: str
     data: Tensor
@@ -45,20 +59,39 @@ class PackedAdapter:
 
     @property
     def num_bytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        return self.data.numel()
+
+
+class LowRankFactors(NamedTuple):
+    """scale · B A.  a: `[rank, in]`; b_tiles: B in tiles of outputs, `[tiles, rank, 16]`."""
+
+    a: Tensor
+    b_tiles: Tensor
+    out: int
+    scale: float
+
+    @property
+    def a_t(self) -> Tensor:
+        """Aᵀ `[in, rank]`."""
+        return self.a.t()
+
+    @property
+    def b_t(self) -> Tensor:
+        """Bᵀ `[rank, out]`, in fresh memory."""
+        return untiled(self.b_tiles, self.out).t()
 
 
 @dataclass(eq=False)
 class ModuleWeights:
     """What one adapter does at one module; views into the arena.
 
-    low_rank: Aᵀ `[in, rank]`, Bᵀ `[rank, out]` and the factor; scales and bias `[in]` or `[out]`;
-    rotation `[num_blocks, b, b]`; override: the weight and the bias or None, as `ModuleOverride`
-    has them; rows: ids `[k]` int64, not in the arena, and the rows `[k, dim]`; bottleneck: itself,
-    its tensors being views; is_stream: a bottleneck at another module reads what this one is given.
+    Scales and bias `[in]` or `[out]`; rotation `[num_blocks, b, b]`; override: the weight and the
+    bias or None, as `ModuleOverride` has them; rows: ids `[k]` int64, not in the arena, and the
+    rows `[k, dim]`; bottleneck: itself, its tensors being views; is_stream: a bottleneck at another
+    module reads what this one is given.
     """
 
-    low_rank: tuple[Tensor, Tensor, float] | None = None
+    low_rank: LowRankFactors | None = None
     input_scale: Tensor | None = None
     output_scale: Tensor | None = None
     bias: Tensor | None = None
@@ -68,70 +101,148 @@ class ModuleWeights:
     bottleneck: Bottleneck | None = None
     is_stream: bool = False
 
+    @property
+    def is_simple(self) -> bool:
+        """Nothing but a low-rank update, scales and a bias?"""
+        others = (self.rotation, self.override, self.rows, self.bottleneck)
+        return not self.is_stream and all(other is None for other in others)
+
 
 @dataclass(eq=False)
 class BoundAdapter:
     """A resident adapter.
 
     Attributes:
-        modules: module path → what it does there.
+        modules: module path → what it does there, but for what `kernel` does.
+        kernel: the CPU kernels' adapter: low-rank updates, scales and biases at linear modules.
         prefix: layer → keys `[n, kv_heads, head_dim]` and values.
         virtual_tokens: `[n, hidden]`, or None.
     """
 
     digest: str
     modules: dict[str, ModuleWeights] = field(default_factory=dict)
+    kernel: Any = None
     prefix: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     virtual_tokens: Tensor | None = None
 
 
-def packed_elements(program: AdapterProgram) -> int:
-    """The number of elements that `pack` makes of the program."""
-    return sum(aligned(t.numel()) for p in program.primitives for t in tensors_of(p))
+def packed_elements(program: AdapterProgram) -> tuple[int, int]:
+    """The elements of the packed program: all, and those of them kept in half precision."""
+    total = half = 0
+    for primitive in program.primitives:
+        count = sum(aligned(t.numel()) for t in _stored(primitive))
+        total += count
+        half += count if _half_dtype(primitive) is not None else 0
+    return total, half
+
+
+def packed_bytes(num_elements: int, num_half_elements: int, dtype: torch.dtype) -> int:
+    """What `pack` makes of these counts where the rest is kept in `dtype`."""
+    return (num_elements - num_half_elements) * dtype.itemsize + num_half_elements * 2
 
 
 @torch.no_grad()
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = False) -> PackedAdapter:
-    """Lay the program out in one host buffer of `dtype`."""
-    data = torch.zeros(packed_elements(program), dtype=dtype, pin_memory=pin_memory)
+    """Lay the program out in one host buffer; what half precision would change is in `dtype`."""
     layout = []
+    contents: list[tuple[Place, Tensor]] = []
     end = 0
     for primitive in program.primitives:
-        offsets = []
-        for tensor in tensors_of(primitive):
-            data[end : end + tensor.numel()] = tensor.flatten()
-            offsets.append(end)
-            end += aligned(tensor.numel())
+        kept = _half_dtype(primitive) or dtype
+        places = []
+        for tensor in _stored(primitive):
+            place = Place(end, tensor.shape, kept)
+            places.append(place)
+            contents.append((place, tensor))
+            end += aligned(tensor.numel()) * kept.itemsize
         shapes = [torch.empty_like(t, device="meta") for t in tensors_of(primitive)]
-        layout.append((with_tensors(primitive, shapes), tuple(offsets)))
+        layout.append((with_tensors(primitive, shapes), tuple(places)))
+    data = torch.zeros(end, dtype=torch.uint8, pin_memory=pin_memory)
+    for place, tensor in contents:
+        _view(data, 0, place).copy_(tensor)
     return PackedAdapter(program.digest, data, layout)
 
 
-def bind(digest: str, layout: Layout, buffer: Tensor, offset: int) -> BoundAdapter:
-    """The views of an adapter that lies in `buffer` at `offset`."""
+def _stored(primitive: Primitive) -> tuple[Tensor, ...]:
+    """The primitive's tensors in the form in which they lie in memory."""
+    if isinstance(primitive, LowRank):
+        return primitive.a, tiled(primitive.b)
+    return tensors_of(primitive)
+
+
+def _half_dtype(primitive: Primitive) -> torch.dtype | None:
+    """The half precision that holds a low-rank update's factors exactly, if one does."""
+    if isinstance(primitive, LowRank):
+        for dtype in (torch.float16, torch.bfloat16):
+            if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors_of(primitive)):
+                return dtype
+    return None
+
+
+def _view(buffer: Tensor, offset: int, place: Place) -> Tensor:
+    start = offset + place.offset
+    size = place.shape.numel() * place.dtype.itemsize
+    return buffer[start : start + size].view(place.dtype).view(place.shape)
+
+
+def bind(
+    digest: str,
+    layout: Layout,
+    buffer: Tensor,
+    offset: int,
+    linears: Mapping[str, tuple[int, int]] | None = None,
+) -> BoundAdapter:
+    """The views of an adapter that lies in `buffer`, uint8, at `offset`.
+
+    Args:
+        linears: path → (in, out) of the modules at which the CPU kernels act; None for nowhere.
+    """
     bound = BoundAdapter(digest)
-    for primitive, offsets in layout:
-        views = [
-            buffer[offset + o : offset + o + t.numel()].view(t.shape)
-            for t, o in zip(tensors_of(primitive), offsets, strict=True)
-        ]
-        match with_tensors(primitive, views):
-            case PrefixKV(layer=layer, keys=keys, values=values):
-                bound.prefix[layer] = (keys, values)
-            case VirtualTokens(rows=rows):
-                bound.virtual_tokens = rows
+    for primitive, places in layout:
+        views = [_view(buffer, offset, place) for place in places]
+        match primitive:
+            case PrefixKV(layer=layer):
+                bound.prefix[layer] = (views[0], views[1])
+            case VirtualTokens():
+                bound.virtual_tokens = views[0]
+            case LowRank(module=module, scale=scale, b=b):
+                weights = bound.modules.setdefault(module, ModuleWeights())
+                weights.low_rank = LowRankFactors(views[0], views[1], len(b), scale)
             case at_module:
+                at_module = with_tensors(at_module, views)
                 weights = bound.modules.setdefault(at_module.module, ModuleWeights())
                 _add(weights, at_module, buffer.device)
                 if isinstance(at_module, Bottleneck) and at_module.stream is not None:
                     bound.modules.setdefault(at_module.stream, ModuleWeights()).is_stream = True
+    if linears is not None:
+        _give_to_kernels(bound, linears)
     return bound
+
+
+def _give_to_kernels(bound: BoundAdapter, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Move what the kernels do from `modules` to `kernel`."""
+    adapter = kernels().Adapter()
+    for path in [path for path in bound.modules if path in linears]:
+        weights = bound.modules[path]
+        if not weights.is_simple:
+            continue
+        a, b = (None, None) if weights.low_rank is None else weights.low_rank[:2]
+        adapter.set(
+            module_id(path),
+            *linears[path],
+            a=a,
+            b=b,
+            scale=0.0 if weights.low_rank is None else weights.low_rank.scale,
+            in_scale=weights.input_scale,
+            out_scale=weights.output_scale,
+            bias=weights.bias,
+        )
+        del bound.modules[path]
+    bound.kernel = adapter if len(adapter) else None
 
 
 def _add(weights: ModuleWeights, primitive: ModulePrimitive, device: torch.device) -> None:
     match primitive:
-        case LowRank(a=a, b=b, scale=scale):
-            weights.low_rank = (a.t(), b.t(), scale)
         case InputRotation(blocks=blocks):
             weights.rotation = blocks
         case InputScale(v=v):
@@ -150,9 +261,12 @@ def _add(weights: ModuleWeights, primitive: ModulePrimitive, device: torch.devic
 
 __all__ = [
     "BoundAdapter",
+    "Layout",
+    "LowRankFactors",
     "ModuleWeights",
     "PackedAdapter",
     "bind",
     "pack",
+    "packed_bytes",
     "packed_elements",
 ]

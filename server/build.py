@@ -10,6 +10,7 @@ import torch
 from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.ops.cpu import kernels_status
 from peftcore.packing import PackedAdapter
 from peftcore.sources.resolve import resolve_model
 from server.adapters.admission import load_packed
@@ -89,9 +90,7 @@ def assemble(
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    arena = AdapterArena(
-        settings.adapter_memory // loaded.dtype.itemsize, loaded.dtype, loaded.device
-    )
+    arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
     store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
 
     def load(digest: str) -> PackedAdapter:
@@ -101,7 +100,8 @@ def assemble(
         arena,
         HostCache(settings.adapter_host_memory),
         load=load,
-        size_of=lambda digest: adapters.record(digest).num_elements,
+        size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
+        linears=loaded.host.linears,
         wake=lambda: runtime.wake(),
     )
     adapters = AdapterManager(
@@ -109,7 +109,7 @@ def assemble(
         loaded.base,
         base_name,
         arena_bytes=arena.data.nbytes,
-        itemsize=loaded.dtype.itemsize,
+        dtype=loaded.dtype,
         residency=cache.residency,
         forget=lambda digest: runtime.forget(digest),
     )
@@ -138,6 +138,7 @@ def assemble(
             "model": base_name,
             "quantization": loaded.quantization,
             "device": str(loaded.device),
+            "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "vocab_size": loaded.model.config.get_text_config().vocab_size,

@@ -71,7 +71,7 @@ class Runtime:
         self.created = int(time.time())
         self.max_model_len = max_model_len
         self.max_upload = max_upload
-        self._facts = dict(facts)
+        self.facts = dict(facts)
         self.engine = engine
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -156,7 +156,7 @@ class Runtime:
             raise Unavailable(f"the engine has stopped: {self._failure}")
         if not prompt:
             raise BadRequest("the prompt is empty", param="prompt")
-        vocab = self._facts["vocab_size"]
+        vocab = self.facts["vocab_size"]
         outside = next((t for t in [*prompt, *params.stop_token_ids] if not 0 <= t < vocab), None)
         if outside is not None:
             raise BadRequest(
@@ -170,7 +170,7 @@ class Runtime:
         """What /health says. Raises Unavailable when the engine has stopped."""
         if self._failure is not None or not self._thread.is_alive():
             raise Unavailable(f"the engine has stopped: {self._failure}")
-        return {"status": "ok", **self._facts, **self.stats()}
+        return {"status": "ok", **self.facts, **self.stats()}
 
     def stats(self) -> dict[str, float]:
         """Counts for metrics; each is read on its own, without stopping the engine."""

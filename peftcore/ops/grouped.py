@@ -18,9 +18,7 @@ from peftcore.ops.segments import BlocksPart, LowRankPart, MapPart, RowsPart, Ve
 
 def add_low_rank_(y: Tensor, x: Tensor, parts: Sequence[LowRankPart]) -> None:
     for start, end, a_t, b_t, scale in parts:
-        y[start:end].addmm_(
-            x[start:end].to(a_t.dtype).mm(a_t).to(y.dtype), b_t.to(y.dtype), alpha=scale
-        )
+        y[start:end].addmm_(x[start:end].mm(a_t.to(x.dtype)), b_t.to(y.dtype), alpha=scale)
 
 
 def scale_(x: Tensor, parts: Sequence[VectorPart]) -> None:

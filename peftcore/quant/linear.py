@@ -4,9 +4,10 @@
     int8  W ≈ code · absmax / 127  per output row (LLM.int8(), arXiv:2208.07339, without outliers)
 
 On CUDA bitsandbytes' own operators multiply. On a CPU they dequantize the whole weight into fresh
-memory at each call, so there a tile of rows at a time is dequantized into one small buffer that
-stays in the cache, and torch multiplies the tile. Both read the same codes. Gradients reach the
-input: the backward pass makes the tiles again, and nothing of W's size is kept between the passes.
+memory at each call, so there our kernels multiply; without them a tile of rows at a time is
+dequantized into one small buffer that stays in the cache, and torch multiplies the tile. All read
+the same codes. Gradients reach the input: the backward pass makes the tiles again, and nothing of
+W's size is kept between the passes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from peftcore.ops.cpu import kernels
+from peftcore.quant.packed import can_pack, pack_int8, pack_nf4
 
 Quantization = Literal["nf4", "int8", "none"]
 
@@ -59,8 +62,9 @@ class QuantLinear(nn.Module):
     x: `[..., in_features]` float; returns `[..., out_features]` in x's dtype.
 
     Attributes:
-        codes: nf4 `[out·in/2, 1]` uint8, or int8 `[out, in]`.
-        absmax: float32, nf4 `[out·in/64]`, or int8 `[out]`.
+        packed: do the kernels multiply, so that the codes lie in tiles?
+        codes: nf4 `[out·in/2, 1]` uint8, or int8 `[out, in]`; packed as `quant.packed` says.
+        absmax: float32, nf4 `[out·in/64]`, or int8 `[out]`; packed likewise, int8's over 127.
     """
 
     codes: Tensor
@@ -83,30 +87,69 @@ class QuantLinear(nn.Module):
             codes, absmax, _ = bnb.functional.int8_vectorwise_quant(half)
         else:
             raise ValueError(f"quantization: {quantization!r} is not 'nf4' or 'int8'")
+        absmax = absmax.to(torch.float32)
+        self.packed = (
+            codes.is_cpu
+            and can_pack(quantization, self.in_features, _BLOCK)
+            and kernels() is not None
+        )
+        if self.packed and quantization == "nf4":
+            codes, absmax = pack_nf4(codes, absmax, self.out_features, self.in_features, _BLOCK)
+        elif self.packed:
+            codes, absmax = pack_int8(codes, absmax)
         self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax.to(torch.float32))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("absmax", absmax)
+        self.register_buffer(
+            "bias", None if bias is None else bias.detach().to(torch.float32).clone()
+        )
+        self._kernel: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kernel": None}  # points into this one's buffers
+
+    @property
+    def kernel(self) -> Any:
+        """The kernels' view of a packed layer's buffers."""
+        if self._kernel is None:
+            self._kernel = self._view(self.bias)
+        return self._kernel
+
+    def _view(self, bias: Tensor | None) -> Any:
+        shape = (self.out_features, self.in_features)
+        return kernels().Weight(self.codes, self.absmax, bias, *shape)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.quantization}"
 
-    def _rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W[start:stop] without int8's row scale; the result lives until the next call.
+    def _columns(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Wᵀ[:, start:stop] without int8's row scale; the result lives until the next call.
 
         For nf4 `start` is a multiple of the block size, so that blocks are whole.
         """
         k = self.in_features
+        if self.packed:
+            tile = _tile_buffer((stop - start) * k, dtype).view(k, stop - start)
+            kernels().unpack_(self.kernel, start, stop, scaled=False, out=tile)
+            return tile
         if self.quantization == "int8":
             tile = _tile_buffer((stop - start) * k, dtype)
-            return tile.view(-1, k).copy_(self.codes[start:stop])
-        return torch.ops.bitsandbytes.dequantize_4bit(
+            return tile.view(-1, k).copy_(self.codes[start:stop]).t()
+        rows: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             self.codes[start * k // 2 : (stop * k + 1) // 2],
             self.absmax[start * k // _BLOCK : -(-stop * k // _BLOCK)],
             _BLOCK,
             "nf4",
-            (stop - start, k),
+            (1, (stop - start) * k),  # flat: its CPU code begins a new block at each row it is told
             dtype,
         )
+        return rows.view(-1, k).t()
+
+    @property
+    def _row_scale(self) -> Tensor:
+        """int8's scale of each output, `[out_features]`."""
+        if self.packed:
+            return self.absmax.view(-1)[: self.out_features]
+        return self.absmax / 127
 
     def _tile_rows(self) -> int:
         return max(_BLOCK, _TILE_ELEMENTS // self.in_features // _BLOCK * _BLOCK)
@@ -115,13 +158,14 @@ class QuantLinear(nn.Module):
         """W as `[out_features, in_features]` float32, in fresh memory."""
         if self.codes.is_cuda and self.quantization == "nf4":
             return bnb.functional.dequantize_4bit(self.codes, self._nf4_state(torch.float32))
-        if self.quantization == "int8":
-            return self.codes.to(torch.float32) * (self.absmax / 127)[:, None]
-        step = self._tile_rows()
-        if self.out_features <= step:
-            return self._rows(0, self.out_features)
-        tiles = range(0, self.out_features, step)
-        return torch.cat([self._rows(i, min(i + step, self.out_features)) for i in tiles])
+        if self.quantization == "int8" and not self.packed:
+            return self.codes.to(torch.float32) * self._row_scale[:, None]
+        step, n = self._tile_rows(), self.out_features
+        tiles = (self._columns(i, min(i + step, n)).t() for i in range(0, n, step))
+        weight = torch.empty(n, self.in_features)
+        for i, tile in zip(range(0, n, step), tiles, strict=True):
+            weight[i : i + step] = tile
+        return weight.mul_(self._row_scale[:, None]) if self.quantization == "int8" else weight
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -134,14 +178,18 @@ class QuantLinear(nn.Module):
         """As `forward`, on a CPU and without gradients: each tile lives until the next."""
         n, step = self.out_features, self._tile_rows()
         rows = x.to(dtype)
+        if self.packed and dtype == torch.float32:
+            weight = self.kernel if bias or self.bias is None else self._view(None)
+            result: Tensor = kernels().linear(rows.detach(), [weight], [-1])[0]
+            return result.to(x.dtype)
         if n <= step:
-            y = F.linear(rows, self._rows(0, n, dtype))
+            y = rows @ self._columns(0, n, dtype)
         else:
             y = rows.new_empty(*x.shape[:-1], n)
             for i in range(0, n, step):
-                y[..., i : i + step] = F.linear(rows, self._rows(i, min(i + step, n), dtype))
+                y[..., i : i + step] = rows @ self._columns(i, min(i + step, n), dtype)
         if self.quantization == "int8":
-            y.mul_(self.absmax / 127)
+            y.mul_(self._row_scale)
         if bias and self.bias is not None:
             y.add_(self.bias)
         return y.to(x.dtype)
@@ -151,13 +199,13 @@ class QuantLinear(nn.Module):
         n, step = self.out_features, self._tile_rows()
         rows = grad.reshape(-1, n)
         if self.quantization == "int8":
-            rows = rows * (self.absmax / 127)
+            rows = rows * self._row_scale
         rows = rows.to(dtype)
-        back = rows[:, :step] @ self._rows(0, min(step, n), dtype)
+        back = rows[:, :step] @ self._columns(0, min(step, n), dtype).t()
         if n > step:
             back = back.to(torch.float32)  # a sum of many tiles
         for i in range(step, n, step):
-            tile = self._rows(i, min(i + step, n), dtype)
+            tile = self._columns(i, min(i + step, n), dtype).t()
             if dtype == torch.float32:
                 back.addmm_(rows[:, i : i + step], tile)
             else:

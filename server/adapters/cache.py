@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 #: Reads and compiles an adapter by digest; runs on the loader's thread.
 Load = Callable[[str], PackedAdapter]
-#: Elements of an adapter's packed form, by digest; quick.
+#: Bytes of an adapter's packed form, by digest; quick.
 SizeOf = Callable[[str], int]
 
 
@@ -41,7 +41,7 @@ class Entry:
 
     digest: str
     offset: int
-    num_elements: int
+    num_bytes: int
     pins: int = 0
     layout: Layout = ()
     bound: BoundAdapter | None = None
@@ -112,9 +112,10 @@ class AdapterCache:
     """The resident adapters of one engine.
 
     Args:
-        arena: the device memory that adapters share.
+        arena: the device memory that adapters share, in bytes.
         host: packed copies that spare reading and compiling.
         load, size_of: see `Load`, `SizeOf`.
+        linears: as for `bind`.
         wake: called from the loader's thread when a load has ended.
     """
 
@@ -125,6 +126,7 @@ class AdapterCache:
         *,
         load: Load,
         size_of: SizeOf,
+        linears: Mapping[str, tuple[int, int]] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.arena = arena
@@ -132,6 +134,7 @@ class AdapterCache:
         self.stats = CacheStats()
         self._load = load
         self._size_of = size_of
+        self._linears = linears
         self._wake = wake
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._doomed: set[str] = set()
@@ -205,7 +208,7 @@ class AdapterCache:
                 continue
             self.stats.num_loads += 1
             entry.layout = done.packed.layout
-            entry.bound = bind(entry.digest, entry.layout, self.arena.data, entry.offset)
+            entry.bound = self._bind(entry)
             if entry.pins == 0 and done.digest in self._doomed:
                 self.drop(done.digest)
 
@@ -257,34 +260,34 @@ class AdapterCache:
         """Make room for all of `digests` and start to load them, pinned once; or load none."""
         sizes = {digest: self._size_of(digest) for digest in digests}
         taken: list[Entry] = []
-        for digest, num_elements in sizes.items():
-            offset = self._make_room(num_elements)
+        for digest, num_bytes in sizes.items():
+            offset = self._make_room(num_bytes)
             if offset is None:
                 for entry in taken:
                     self._remove(entry)
                 return False
-            entry = Entry(digest, offset, num_elements, pins=1)
+            entry = Entry(digest, offset, num_bytes, pins=1)
             self._entries[digest] = entry
             taken.append(entry)
         for entry in taken:
-            self._pool.submit(self._run_load, entry.digest, entry.offset, entry.num_elements)
+            self._pool.submit(self._run_load, entry.digest, entry.offset, entry.num_bytes)
         return True
 
-    def _make_room(self, num_elements: int) -> int | None:
+    def _make_room(self, num_bytes: int) -> int | None:
         """A range, after evicting what is unpinned, oldest first, and closing gaps if need be."""
-        offset = self.arena.allocate(num_elements)
+        offset = self.arena.allocate(num_bytes)
         evictable = [e for e in self._entries.values() if e.pins == 0 and e.bound is not None]
-        room = self.arena.num_free + sum(e.num_elements for e in evictable)
-        if offset is not None or room < num_elements:
+        room = self.arena.num_free + sum(e.num_bytes for e in evictable)
+        if offset is not None or room < num_bytes:
             return offset
         for entry in evictable:
             self.stats.num_evictions += 1
             self._remove(entry)
-            offset = self.arena.allocate(num_elements)
+            offset = self.arena.allocate(num_bytes)
             if offset is not None:
                 return offset
         self._compact()
-        return self.arena.allocate(num_elements)
+        return self.arena.allocate(num_bytes)
 
     def _compact(self) -> None:
         loading = [e.offset for e in self._entries.values() if e.bound is None]
@@ -292,7 +295,10 @@ class AdapterCache:
         for entry in self._entries.values():
             if entry.offset in moved and entry.bound is not None:
                 entry.offset = moved[entry.offset]
-                entry.bound = bind(entry.digest, entry.layout, self.arena.data, entry.offset)
+                entry.bound = self._bind(entry)
+
+    def _bind(self, entry: Entry) -> BoundAdapter:
+        return bind(entry.digest, entry.layout, self.arena.data, entry.offset, self._linears)
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.digest]
@@ -300,7 +306,7 @@ class AdapterCache:
 
     # -- the loader's thread ---------------------------------------------------------------------
 
-    def _run_load(self, digest: str, offset: int, num_elements: int) -> None:
+    def _run_load(self, digest: str, offset: int, num_bytes: int) -> None:
         start = time.perf_counter()
         packed, error = None, None
         try:
@@ -308,11 +314,9 @@ class AdapterCache:
             if packed is None:
                 packed = self._load(digest)
                 self.host.put(packed)
-            if packed.data.numel() != num_elements:
-                raise ValueError(
-                    f"{packed.data.numel()} elements, but the registry says {num_elements}"
-                )
-            self.arena.data[offset : offset + num_elements].copy_(packed.data)
+            if packed.num_bytes > num_bytes:
+                raise ValueError(f"{packed.num_bytes} bytes, but the registry says {num_bytes}")
+            self.arena.data[offset : offset + packed.num_bytes].copy_(packed.data)
         except Exception as exc:
             packed, error = None, exc
         self._done.append(_Loaded(digest, packed, error, time.perf_counter() - start))
@@ -334,7 +338,7 @@ class AdapterCache:
         self.host.check_integrity()
         if not self.is_loading:
             self.arena.check_integrity()
-            used = sum(-(-e.num_elements // 64) * 64 for e in self._entries.values())
+            used = sum(-(-e.num_bytes // 64) * 64 for e in self._entries.values())
             assert self.arena.num_used == used, "arena ranges without an adapter"
 
 

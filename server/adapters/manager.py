@@ -12,6 +12,7 @@ may take it; `_writer` orders changes of the store and is held by worker threads
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import threading
 import time
@@ -24,16 +25,20 @@ from shutil import copyfile
 from types import TracebackType
 from typing import Literal
 
+import torch
+
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
-from peftcore.packing import packed_elements
+from peftcore.packing import packed_bytes, packed_elements
 from peftcore.program import check_mixture
 from server.adapters.admission import validate
 from server.adapters.cache import yield_to_engine
 from server.adapters.store import AdapterRecord, AdapterStore, Alias
 from server.engine.sequence import AdapterUse
 from server.errors import BadRequest, Conflict, NotFound, TooLarge, Unprocessable
+
+logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -106,7 +111,7 @@ class AdapterManager:
     Args:
         store: files and registry.
         base, base_name: what adapters attach to, and its name in requests.
-        arena_bytes, itemsize: the adapters' device memory, and bytes of one element in it.
+        arena_bytes: the adapters' device memory. dtype: what is in it, but for half precision.
         residency: where a digest is now.
         forget: called with a digest that is gone for good.
     """
@@ -118,7 +123,7 @@ class AdapterManager:
         base_name: str,
         *,
         arena_bytes: int,
-        itemsize: int,
+        dtype: torch.dtype,
         residency: Callable[[str], str],
         forget: Callable[[str], None],
     ) -> None:
@@ -126,11 +131,12 @@ class AdapterManager:
         self.base_name = base_name
         self._base = base
         self._arena_bytes = arena_bytes
-        self._itemsize = itemsize
+        self._dtype = dtype
         self._residency = residency
         self._forget = forget
         self._lock = threading.RLock()
         self._writer = threading.RLock()
+        self._count_anew()
         self._aliases: dict[str, Alias] = {alias.name: alias for alias in store.aliases()}
         self._records: dict[str, AdapterRecord] = {}
         for alias in self._aliases.values():
@@ -142,6 +148,19 @@ class AdapterManager:
         self._worker = ThreadPoolExecutor(1, "adapter-worker", initializer=yield_to_engine)
         for digest in store.unreferenced():
             store.purge(digest)
+
+    def _count_anew(self) -> None:
+        """Correct the rows of an earlier version; what cannot be read fails when it is loaded."""
+        for digest in self.store.uncounted():
+            folder = self.store.folder(digest)
+            try:
+                config = (folder / CONFIG_NAME).read_bytes()
+                _, program = validate(config, folder / WEIGHTS_NAME, self._base)
+            except (AdapterError, OSError) as exc:
+                logger.error("adapter %s cannot be read: %s", digest[:12], exc)
+                self.store.set_counts(digest, 1, 0)
+            else:
+                self.store.set_counts(digest, *packed_elements(program))
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -190,7 +209,7 @@ class AdapterManager:
             )
         except MixtureError as exc:
             raise Unprocessable(str(exc), param="adapters", code="mixture_not_additive") from None
-        total = sum(r.num_elements for r in records) * self._itemsize
+        total = sum(self.num_bytes(r) for r in records)
         if total > self._arena_bytes:
             raise TooLarge(
                 f"adapters: together {total} bytes, but the adapters' memory is "
@@ -324,8 +343,8 @@ class AdapterManager:
 
     def _validate(self, config: bytes, weights: Path) -> AdapterRecord:
         parsed, program = validate(config, weights, self._base)
-        num_elements = packed_elements(program)
-        num_bytes = num_elements * self._itemsize
+        num_elements, num_half_elements = packed_elements(program)
+        num_bytes = packed_bytes(num_elements, num_half_elements, self._dtype)
         if num_bytes > self._arena_bytes:
             raise TooLarge(
                 f"weights: the adapter takes {num_bytes} bytes, but the adapters' memory is "
@@ -338,6 +357,7 @@ class AdapterManager:
             method=parsed.peft_type,
             rank=program.max_rank,
             num_elements=num_elements,
+            num_half_elements=num_half_elements,
             num_virtual_tokens=program.num_virtual_tokens,
             virtual_kv=program.virtual_kv,
             adds=program.adds,
@@ -345,6 +365,10 @@ class AdapterManager:
             file_bytes=len(config) + weights.stat().st_size,
             created_at=time.time(),
         )
+
+    def num_bytes(self, record: AdapterRecord) -> int:
+        """What the adapter takes of the arena."""
+        return packed_bytes(record.num_elements, record.num_half_elements, self._dtype)
 
     # -- what there is ---------------------------------------------------------------------------
 
@@ -380,7 +404,7 @@ class AdapterManager:
             digest=record.digest,
             method=record.method,
             rank=record.rank,
-            num_bytes=record.num_elements * self._itemsize,
+            num_bytes=self.num_bytes(record),
             file_bytes=record.file_bytes,
             num_virtual_tokens=record.num_virtual_tokens,
             modules=record.modules,

@@ -7,7 +7,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: In place of `num_half_elements`: this and `num_elements` are to be counted anew.
+NOT_COUNTED = -1
 
 #: How long a statement waits for another connection's transaction, in milliseconds.
 BUSY_TIMEOUT_MS = 10_000
@@ -26,6 +29,7 @@ adapters = sa.Table(
     sa.Column("method", sa.String, nullable=False),
     sa.Column("rank", sa.Integer, nullable=False),
     sa.Column("num_elements", sa.BigInteger, nullable=False),
+    sa.Column("num_half_elements", sa.BigInteger, nullable=False),
     sa.Column("num_virtual_tokens", sa.Integer, nullable=False),
     sa.Column("virtual_kv", sa.Boolean, nullable=False),
     sa.Column("adds", sa.Boolean, nullable=False),
@@ -70,9 +74,14 @@ def open_registry(path: Path) -> sa.Engine:
     try:
         with engine.begin() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version not in (0, SCHEMA_VERSION):
+            if version > SCHEMA_VERSION:
                 raise StoreError(
                     f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}"
+                )
+            if version == 1:  # it counted another form of them
+                connection.exec_driver_sql(
+                    "ALTER TABLE adapters ADD COLUMN num_half_elements BIGINT NOT NULL DEFAULT "
+                    f"{NOT_COUNTED}"
                 )
             _metadata.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -43,6 +43,7 @@ class AdapterRecord:
     Attributes:
         digest: SHA-256 of the canonical config and weights, as hex.
         num_elements: of the compiled program, as it lies in an arena.
+        num_half_elements: those of them that are kept in half precision, whatever the device.
         virtual_kv: the virtual tokens' keys and values are given (prefix tuning).
         adds: may be mixed by weight.
         file_bytes: size of the two files; `put` measures it.
@@ -53,6 +54,7 @@ class AdapterRecord:
     method: str
     rank: int
     num_elements: int
+    num_half_elements: int
     num_virtual_tokens: int
     virtual_kv: bool
     adds: bool
@@ -187,6 +189,22 @@ class AdapterStore:
             return None
         values = {field.name: getattr(row, field.name) for field in fields(AdapterRecord)}
         return AdapterRecord(**values | {"modules": tuple(row.modules)})
+
+    def uncounted(self) -> list[str]:
+        """Digests whose elements an earlier version counted in another form."""
+        counts = registry.adapters.c.num_half_elements
+        query = sa.select(registry.adapters.c.digest).where(counts == registry.NOT_COUNTED)
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    def set_counts(self, digest: str, num_elements: int, num_half_elements: int) -> None:
+        """Correct a row's counts."""
+        with self._lock, self._engine.begin() as connection:
+            connection.execute(
+                sa.update(registry.adapters)
+                .where(registry.adapters.c.digest == digest)
+                .values(num_elements=num_elements, num_half_elements=num_half_elements)
+            )
 
     def unreferenced(self) -> list[str]:
         """Digests that no alias names, sorted."""

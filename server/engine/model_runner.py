@@ -5,7 +5,6 @@ Knows tensors, slots and adapters' weights; knows nothing of who waits, or of wh
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import groupby
 
@@ -17,7 +16,7 @@ from peftcore.layers import AdapterBatch, Segment, VirtualRows
 from peftcore.packing import BoundAdapter
 from server.engine.scheduler import Batch, Chunk
 from server.engine.sequence import Sequence
-from server.models.context import DecodeRows, ForwardContext, PromptRows, forward_context
+from server.models.context import ChunkRows, ForwardContext, forward_context
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel
 
@@ -51,7 +50,7 @@ class ModelRunner:
             end += chunk.num_tokens
             if chunk.samples:
                 outputs.append(end - 1)
-        context = ForwardContext(self.pool, self._tensor(np.concatenate(slots)), *self._rows(batch))
+        context = ForwardContext(self.pool, self._tensor(np.concatenate(slots)), self._rows(batch))
         host = self.loaded.host
         host.batch = self._adapter_batch(batch)
         try:
@@ -88,28 +87,16 @@ class ModelRunner:
             for layer, (keys, values) in adapter.prefix.items():
                 self.pool.write(layer, slots, keys[start:end], values[start:end])
 
-    def _rows(self, batch: Batch) -> tuple[list[PromptRows], list[DecodeRows]]:
-        """Which rows attend alone (chunks), and which together (single rows, by like length)."""
-        prompts: list[PromptRows] = []
-        singles: dict[int, list[tuple[int, Chunk]]] = defaultdict(list)
+    def _rows(self, batch: Batch) -> list[ChunkRows]:
+        """Which rows are which positions of which blocks."""
+        size = self.pool.block_size
+        found: list[ChunkRows] = []
         row = 0
         for chunk in batch.chunks:
-            if chunk.num_tokens == 1:
-                # Lengths within a factor of two share a padded table.
-                singles[chunk.end.bit_length()].append((row, chunk))
-            else:
-                context_slots = self._tensor(self._slots(chunk.seq, 0, chunk.end))
-                prompts.append(PromptRows(row, row + chunk.num_tokens, chunk.start, context_slots))
+            table = chunk.seq.block_table[: -(-chunk.end // size)]
+            found.append(ChunkRows(row, row + chunk.num_tokens, chunk.start, table))
             row += chunk.num_tokens
-        decodes: list[DecodeRows] = []
-        for group in singles.values():
-            lens = np.array([chunk.end for _, chunk in group])
-            padded = np.zeros((len(group), lens.max()), dtype=np.int64)
-            for i, (_, chunk) in enumerate(group):
-                padded[i, : chunk.end] = self._slots(chunk.seq, 0, chunk.end)
-            rows = np.array([row for row, _ in group])
-            decodes.append(DecodeRows(self._tensor(rows), self._tensor(padded), self._tensor(lens)))
-        return prompts, decodes
+        return found
 
     def _adapter_batch(self, batch: Batch) -> AdapterBatch:
         """Segments of rows with the same adapters, over all rows and over the rows that sample."""

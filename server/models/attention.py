@@ -1,19 +1,23 @@
 """Paged attention as transformers' attention function: writes the step's keys and values, attends.
 
-Registered under `NAME` and under no mask name, so that models build no mask. The reference that
-tests and the start-up probe compare with is transformers' own eager attention.
+Registered under `NAME` and under no mask name, so that models build no mask. The CPU kernels attend
+where they can, else torch. The reference that tests and the start-up probe compare with is
+transformers' own eager attention.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.models.context import DecodeRows, ForwardContext, PromptRows, current_context
+from peftcore.ops.cpu import kernels
+from server.models.context import ChunkRows, ForwardContext, current_context
+from server.models.kv_pool import KVPool
 
 NAME = "polypeft_paged"
 
@@ -46,85 +50,195 @@ def paged_attention(
     Returns:
         `[1, rows, heads, v_head_dim]`, and None for the weights.
     """
-    context = current_context()
     layer: int = module.layer_idx  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = Scores(scale, sliding_window, softcap, s_aux)
+    if has_kernels(current_context().pool, query):
+        return attend(layer, query, key, value, how), None
+    return _attend_by_torch(layer, query, key, value, how), None
+
+
+class Scores(NamedTuple):
+    """How scores are made; `sinks` `[heads]`. The rest as for `paged_attention`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def has_kernels(pool: KVPool, query: Tensor) -> bool:
+    """Do the CPU kernels attend for these dtypes?"""
+    kept = pool.keys[0].dtype in (torch.float32, torch.float16)
+    return query.is_cpu and query.dtype == torch.float32 and kept and kernels() is not None
+
+
+def attend(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    how: Scores,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Write and attend by the kernels.
+
+    Args:
+        query, key, value: `[1, heads, rows, dim]`, or `[rows, heads, dim]`; float32.
+        rotary: cos and sin `[1, rows, dim]` that queries and keys are still to be rotated by.
+
+    Returns:
+        `[1, rows, heads, v_head_dim]`.
+    """
+    context = current_context()
+    plan = context.shared.get("plan")
+    if plan is None:
+        plan = context.shared["plan"] = _plan(context)
+    cos, sin = rotary or (None, None)
+    out: Tensor = kernels().attention(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        context.pool.keys[layer],
+        context.pool.values[layer],
+        plan,
+        how.scale,
+        how.window,
+        how.softcap,
+        how.sinks,
+    )
+    return out
+
+
+def _plan(context: ForwardContext) -> Any:
+    blocks: list[int] = []
+    chunks = []
+    for start, end, position, table in context.chunks:
+        chunks.append((start, end - start, position, len(blocks)))
+        blocks.extend(table)
+    return kernels().Plan(context.slots, torch.tensor(blocks), chunks, context.pool.block_size)
+
+
+# -- by torch ------------------------------------------------------------------------------------
+
+
+class _PromptRows(NamedTuple):
+    """A chunk of several rows; context_slots: those of its positions from 0, `[context_len]`."""
+
+    start: int
+    end: int
+    position: int
+    context_slots: Tensor
+
+
+class _DecodeRows(NamedTuple):
+    """One row each of several sequences of like length.
+
+    rows: `[n]`, their places in the batch. context_lens: `[n]`. context_slots: `[n,
+    max_context_len]`; behind a sequence's own comes its first again: attention reads what it masks,
+    and a NaN in another sequence's slot would spread.
+    """
+
+    rows: Tensor
+    context_slots: Tensor
+    context_lens: Tensor
+
+
+def _attend_by_torch(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scores) -> Tensor:
+    context = current_context()
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     out = query.new_zeros(query.shape[2], query.shape[1], values.shape[2])
     context.pool.write(layer, context.slots, keys, values)
-    pool_keys, pool_values = context.pool.keys[layer], context.pool.values[layer]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries = query[0].transpose(0, 1)
-    for i, rows in enumerate(context.prompts):
-        k = pool_keys.index_select(0, rows.context_slots).to(query.dtype)
-        v = pool_values.index_select(0, rows.context_slots).to(query.dtype)
-        out[rows.start : rows.end] = _attend_prompt(
-            queries[rows.start : rows.end],
-            k,
-            v,
-            scale,
-            softcap,
-            s_aux,
-            _prompt_mask(context, i, rows, sliding_window),
-        )
-    for i, group in enumerate(context.decodes):
-        flat = group.context_slots.flatten()
-        k = pool_keys.index_select(0, flat).to(query.dtype)
-        v = pool_values.index_select(0, flat).to(query.dtype)
-        n, length = group.context_slots.shape
-        out[group.rows] = _attend_decode(
-            queries[group.rows],
-            k.view(n, length, *k.shape[1:]),
-            v.view(n, length, *v.shape[1:]),
-            scale,
-            softcap,
-            s_aux,
-            _decode_mask(context, i, group, sliding_window),
-        )
-    return out.unsqueeze(0), None
+    rows = context.shared.get("rows")
+    if rows is None:
+        rows = context.shared["rows"] = _rows(context)
+    for group in rows:
+        if isinstance(group, _PromptRows):
+            k, v = _context(context, layer, group.context_slots, query.dtype)
+            mask = _mask(context, group, how.window)
+            own = slice(group.start, group.end)
+            out[own] = _attend_prompt(queries[own], k, v, how, mask)
+        else:
+            flat = group.context_slots.flatten()
+            k, v = _context(context, layer, flat, query.dtype)
+            n, length = group.context_slots.shape
+            k, v = k.view(n, length, *k.shape[1:]), v.view(n, length, *v.shape[1:])
+            mask = _mask(context, group, how.window)
+            out[group.rows] = _attend_decode(queries[group.rows], k, v, how, mask)
+    return out.unsqueeze(0)
 
 
-def _prompt_mask(context: ForwardContext, i: int, rows: PromptRows, window: int | None) -> Tensor:
-    """`[n, context_len]`, True where row i may see the position; made once a step."""
-    mask = context.masks.get((i, window))
+def _context(
+    context: ForwardContext, layer: int, slots: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    keys, values = context.pool.read(layer, slots)
+    return keys.to(dtype), values.to(dtype)
+
+
+def _rows(context: ForwardContext) -> list[_PromptRows | _DecodeRows]:
+    """Which rows attend alone (chunks), and which together (single rows, by like length)."""
+    found: list[_PromptRows | _DecodeRows] = []
+    singles: dict[int, list[ChunkRows]] = defaultdict(list)
+    for chunk in context.chunks:
+        if chunk.end - chunk.start == 1:
+            # Lengths within a factor of two share a padded table.
+            singles[chunk.context_len.bit_length()].append(chunk)
+        else:
+            slots = _context_slots(context, chunk)
+            found.append(_PromptRows(chunk.start, chunk.end, chunk.position, slots))
+    device = context.slots.device
+    for group in singles.values():
+        own = [_context_slots(context, chunk) for chunk in group]
+        longest = max(len(s) for s in own)
+        padded = torch.stack([torch.cat([s, s[:1].expand(longest - len(s))]) for s in own])
+        lens = torch.tensor([len(s) for s in own], device=device)
+        rows = torch.tensor([chunk.start for chunk in group], device=device)
+        found.append(_DecodeRows(rows, padded, lens))
+    return found
+
+
+def _context_slots(context: ForwardContext, chunk: ChunkRows) -> Tensor:
+    """The slots of the chunk's positions from 0, `[context_len]`."""
+    size, device = context.pool.block_size, context.slots.device
+    table = torch.tensor(chunk.block_table, device=device)[:, None] * size
+    slots = (table + torch.arange(size, device=device)).flatten()
+    return slots[: chunk.context_len]
+
+
+def _mask(context: ForwardContext, group: _PromptRows | _DecodeRows, window: int | None) -> Tensor:
+    """`[n, context_len]`, True where a row may see the position; made once a step."""
+    name = (id(group), window)
+    mask = context.shared.get(name)
     if mask is None:
-        device = rows.context_slots.device
-        q = rows.position + torch.arange(rows.end - rows.start, device=device)[:, None]
-        k = torch.arange(rows.context_slots.shape[0], device=device)[None, :]
-        mask = k <= q
+        places = torch.arange(group.context_slots.shape[-1], device=context.slots.device)[None, :]
+        if isinstance(group, _PromptRows):
+            count = group.end - group.start
+            last = group.position + torch.arange(count, device=places.device)[:, None]
+        else:
+            last = group.context_lens[:, None] - 1
+        mask = places <= last
         if window is not None:
-            mask &= k > q - window
-        context.masks[(i, window)] = mask
-    return mask
-
-
-def _decode_mask(context: ForwardContext, i: int, group: DecodeRows, window: int | None) -> Tensor:
-    """`[n, max_context_len]`, True where the sequence may see the position; made once a step."""
-    index = (len(context.prompts) + i, window)
-    mask = context.masks.get(index)
-    if mask is None:
-        k = torch.arange(group.context_slots.shape[1], device=group.rows.device)[None, :]
-        lens = group.context_lens[:, None]
-        mask = k < lens
-        if window is not None:
-            mask &= k >= lens - window
-        context.masks[index] = mask
-    return mask
+            mask &= places > last - window
+        context.shared[name] = mask
+    found: Tensor = mask
+    return found
 
 
 def _attend_prompt(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    how: Scores,
     mask: Tensor,
 ) -> Tensor:
     """q: `[n, heads, d]`, k: `[context, kv_heads, d]`, mask `[n, context]` → `[n, heads, dv]`."""
     groups = q.shape[1] // k.shape[1]
     k = k.transpose(0, 1).repeat_interleave(groups, dim=0)
     v = v.transpose(0, 1).repeat_interleave(groups, dim=0)
-    out = _attention(q.transpose(0, 1)[None], k[None], v[None], mask, scale, softcap, sinks)
+    out = _attention(q.transpose(0, 1)[None], k[None], v[None], mask, how)
     return out[0].transpose(0, 1)
 
 
@@ -132,9 +246,7 @@ def _attend_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    how: Scores,
     mask: Tensor,
 ) -> Tensor:
     """q: `[n, heads, d]`, k: `[n, context, kv_heads, d]`, mask `[n, context]` → `[n, heads, dv]`.
@@ -144,10 +256,10 @@ def _attend_decode(
     n, heads, d = q.shape
     kv_heads = k.shape[2]
     grouped = q.view(n, kv_heads, heads // kv_heads, d)
-    if sinks is not None:
-        sinks = sinks.view(1, kv_heads, heads // kv_heads)
+    if how.sinks is not None:
+        how = how._replace(sinks=how.sinks.view(1, kv_heads, heads // kv_heads))
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    out = _attention(grouped, k, v, mask[:, None, None, :], scale, softcap, sinks)
+    out = _attention(grouped, k, v, mask[:, None, None, :], how)
     return out.reshape(n, heads, -1)
 
 
@@ -156,14 +268,13 @@ def _attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    how: Scores,
 ) -> Tensor:
     """Batched attention, q: `[b, h, n, d]`, k: `[b, h, m, d]`, mask broadcasts to `[b, h, n, m]`.
 
-    sinks: `[h]` for rows of one head each, or `[1, h, n]` where the rows are heads.
+    how.sinks: `[h]` for rows of one head each, or `[1, h, n]` where the rows are heads.
     """
+    scale, _, softcap, sinks = how
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale

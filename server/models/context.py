@@ -7,62 +7,46 @@ pass runs at a time in a thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from server.models.kv_pool import KVPool
 
 
-@dataclass(frozen=True, eq=False)
-class PromptRows:
-    """Rows [start, end) are consecutive positions of one sequence, the first at `position`.
+class ChunkRows(NamedTuple):
+    """Rows [start, end) of the batch are positions position.. of one sequence.
 
-    context_slots: the cache slots of positions 0..position + (end − start), `[context_len]`.
+    block_table: the sequence's cache blocks, in order, up to its last position here.
     """
 
     start: int
     end: int
     position: int
-    context_slots: Tensor
+    block_table: Sequence[int]
 
-
-@dataclass(frozen=True, eq=False)
-class DecodeRows:
-    """One row each of several sequences.
-
-    rows: `[n]`, their places in the batch. context_lens: `[n]`. context_slots: `[n,
-    max_context_len]`; behind a sequence's own comes its first again, whatever was given: attention
-    reads what it masks, and a NaN in another sequence's slot would spread.
-    """
-
-    rows: Tensor
-    context_slots: Tensor
-    context_lens: Tensor
-
-    def __post_init__(self) -> None:
-        places = torch.arange(self.context_slots.shape[1], device=self.context_slots.device)
-        own = places < self.context_lens[:, None]
-        slots = torch.where(own, self.context_slots, self.context_slots[:, :1])
-        object.__setattr__(self, "context_slots", slots)
+    @property
+    def context_len(self) -> int:
+        return self.position + self.end - self.start
 
 
 @dataclass(eq=False)
 class ForwardContext:
     """One forward pass: where its rows are written, and what each reads.
 
-    slots: `[rows]`, where the rows' own keys and values go. `masks` holds this pass's masks for
-    reuse by all layers.
+    Attributes:
+        slots: `[rows]` int64, where the rows' own keys and values go.
+        chunks: the rows' sequences; every row is in one.
+        shared: what the attention derives from these once for all layers.
     """
 
     pool: KVPool
     slots: Tensor
-    prompts: Sequence[PromptRows] = ()
-    decodes: Sequence[DecodeRows] = ()
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    chunks: Sequence[ChunkRows]
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _current = threading.local()

@@ -1,6 +1,7 @@
-"""The paged KV cache's memory: per layer one tensor of slots. Knows nothing of sequences.
+"""The paged KV cache's memory: per layer one tensor of blocks. Knows nothing of sequences.
 
-Slot `block * block_size + offset` holds one position's key and value in every layer.
+Slot `block * block_size + offset` holds one position's key and value in every layer. A block's keys
+lie transposed, so that the CPU kernels read one value of many positions at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 class KVPool:
-    """Keys `[num_slots, num_kv_heads, head_dim]` and values `[.., v_head_dim]` for every layer."""
+    """Keys `[num_blocks, num_kv_heads, head_dim, block_size]` and values `[num_blocks,
+    num_kv_heads, block_size, v_head_dim]` for every layer."""
 
     def __init__(
         self,
@@ -25,13 +27,16 @@ class KVPool:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        slots = num_blocks * block_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for num_heads, head_dim, v_head_dim in kv_shapes:
-            self.keys.append(torch.zeros(slots, num_heads, head_dim, dtype=dtype, device=device))
+            self.keys.append(
+                torch.zeros(num_blocks, num_heads, head_dim, block_size, dtype=dtype, device=device)
+            )
             self.values.append(
-                torch.zeros(slots, num_heads, v_head_dim, dtype=dtype, device=device)
+                torch.zeros(
+                    num_blocks, num_heads, block_size, v_head_dim, dtype=dtype, device=device
+                )
             )
 
     @staticmethod
@@ -44,5 +49,11 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys `[n, heads, head_dim]` and values into `slots` `[n]`."""
-        self.keys[layer].index_copy_(0, slots, keys.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(0, slots, values.to(self.values[layer].dtype))
+        block, place = slots // self.block_size, slots % self.block_size
+        self.keys[layer][block, :, :, place] = keys.to(self.keys[layer].dtype)
+        self.values[layer][block, :, place] = values.to(self.values[layer].dtype)
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[n, heads, head_dim]` and values of `slots` `[n]`, in fresh memory."""
+        block, place = slots // self.block_size, slots % self.block_size
+        return self.keys[layer][block, :, :, place], self.values[layer][block, :, place]

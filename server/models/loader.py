@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peftcore.base import BaseModel
 from peftcore.layers import AdapterHost, attach
+from peftcore.ops.cpu import kernels
 from peftcore.quant import Quantization, quantize_model
 from server.models.attention import NAME
-from server.models.probe import check_config, measure_kv_shapes, probe
+from server.models.fused import fuse, unfuse
+from server.models.probe import (
+    AttentionCall,
+    check_config,
+    eager_logits,
+    observe,
+    probe,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +68,9 @@ def prepare_model(
     model.to(device)  # type: ignore[arg-type]
     quantize_model(model, quantization)
     model.set_attn_implementation(NAME)
-    kv_shapes = measure_kv_shapes(model)
-    probe(model, kv_shapes)
+    calls = observe(model)
+    kv_shapes = [call.kv_shape for call in calls]
+    _make_faster(model, calls)
     base = BaseModel.from_model(model, kv_shapes)
     host = attach(model, base)
     config = model.config.get_text_config()
@@ -74,6 +84,24 @@ def prepare_model(
         eos_token_ids=_eos_token_ids(model),
         max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def _make_faster(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
+    """Put faster modules in, where the model computes the same with them.
+
+    Raises:
+        UnservableModel: it does not compute right with its own modules either.
+    """
+    kv_shapes = [call.kv_shape for call in calls]
+    expected = eager_logits(model)
+    if model.device.type == "cpu" and model.dtype == torch.float32 and kernels() is not None:
+        replaced = fuse(model, {call.layer: call for call in calls})
+        try:
+            return probe(model, kv_shapes, expected)
+        except Exception as exc:  # whatever an unknown architecture makes of them
+            logger.warning("the model keeps its own modules: %s", exc)
+            unfuse(model, replaced)
+    probe(model, kv_shapes, expected)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from server.models.attention import NAME
-from server.models.context import DecodeRows, ForwardContext, PromptRows, forward_context
+from server.models.context import ChunkRows, ForwardContext, forward_context
 from server.models.kv_pool import KVPool
 
 #: The name under which `_Observer` is registered.
@@ -65,8 +65,8 @@ def _rope_types(config: Any) -> set[str]:
 
 
 @torch.inference_mode()
-def measure_kv_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Per layer (num_kv_heads, head_dim, v_head_dim), as they reach the attention function.
+def observe(model: PreTrainedModel) -> list[AttentionCall]:
+    """What each layer gives the attention function.
 
     Raises:
         UnservableModel: the model does not take a packed batch; a layer does not call the attention
@@ -97,7 +97,7 @@ def measure_kv_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
                 f"{name}: the mask of layer {call.layer} hides something (a window, chunks) that "
                 "the layer does not tell its attention function: it would answer wrongly"
             )
-    return [call.kv_shape for call in calls]
+    return calls
 
 
 #: (batch, head, query position, key positions) → which keys the query sees.
@@ -105,13 +105,22 @@ _Visible = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a layer gave the attention function. `visible` is what its mask shows, if it has one."""
+class AttentionCall:
+    """What a layer gave the attention function.
+
+    Attributes:
+        kv_shape: (num_kv_heads, head_dim, v_head_dim).
+        visible: what its mask shows, if it has one.
+        has_sinks: was it given attention sinks?
+    """
 
     layer: int
     kv_shape: tuple[int, int, int]
+    scaling: float | None
     window: int | None
+    softcap: float | None
     visible: _Visible | None
+    has_sinks: bool
 
     def tells_its_mask(self, num_positions: int) -> bool:
         """Do causality and the window say all that the mask does, at late positions too?"""
@@ -131,7 +140,7 @@ class _Observer:
     """An attention function that computes nothing, and masks that are only a number."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[AttentionCall] = []
         self.masks: list[_Visible] = []
 
     def mask(
@@ -154,13 +163,20 @@ class _Observer:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         shape = (key.shape[1], key.shape[3], value.shape[3])
         visible = None if attention_mask is None else self._visible(attention_mask)
         layer: int = module.layer_idx  # type: ignore[assignment]
-        self.calls.append(_Call(layer, shape, sliding_window, visible))
+        sinks = s_aux is not None
+        self.calls.append(
+            AttentionCall(layer, shape, scaling, sliding_window, softcap, visible, sinks)
+        )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
     def _visible(self, mask: Tensor) -> _Visible:
@@ -171,21 +187,33 @@ class _Observer:
         return lambda batch, head, q, k: torch.tensor(False)
 
 
+def _prompts(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config().vocab_size
+    return [torch.randint(0, vocab, (n,), generator=generator) for n in _LENGTHS]
+
+
 @torch.inference_mode()
-def probe(model: PreTrainedModel, kv_shapes: list[tuple[int, int, int]]) -> None:
-    """Compare a ragged, chunked, paged batch with eager attention.
+def eager_logits(model: PreTrainedModel) -> list[Tensor]:
+    """What `probe` compares with: the model's own modules and its own eager attention."""
+    model.set_attn_implementation("eager")
+    try:
+        prompts = [prompt[None].to(model.device) for prompt in _prompts(model)]
+        return [model(prompt, use_cache=False).logits[0] for prompt in prompts]
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+@torch.inference_mode()
+def probe(
+    model: PreTrainedModel, kv_shapes: list[tuple[int, int, int]], expected: list[Tensor]
+) -> None:
+    """Compare a ragged, chunked, paged batch with `eager_logits`.
 
     Raises:
         UnservableModel: the logits differ.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config().vocab_size
-    prompts = [torch.randint(0, vocab, (n,), generator=generator) for n in _LENGTHS]
-    model.set_attn_implementation("eager")
-    try:
-        expected = [model(p[None].to(model.device), use_cache=False).logits[0] for p in prompts]
-    finally:
-        model.set_attn_implementation(NAME)
+    prompts = _prompts(model)
     actual = _paged_logits(model, kv_shapes, prompts)
     for want, got in zip(expected, actual, strict=True):
         difference = float((want.float() - got.float()).abs().max() / want.float().std())
@@ -210,11 +238,12 @@ def _paged_logits(
     )
     # Sequences take blocks in turn from the end: scattered and interleaved.
     free = list(range(num_blocks))
-    slots = []
+    slots, tables = [], []
     for n in _LENGTHS:
         blocks = [free.pop(-1 if i % 2 else 0) for i in range(-(-n // _BLOCK_SIZE))]
         table = torch.tensor(blocks)[:, None] * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE)
         slots.append(table.flatten()[:n])
+        tables.append(blocks)
     results: list[list[Tensor]] = [[] for _ in prompts]
     done = [0] * len(prompts)
     for step in (
@@ -225,24 +254,13 @@ def _paged_logits(
         rows, chunks, start = [], [], 0
         for i, n in enumerate(step):
             rows.append(torch.arange(done[i], done[i] + n))
-            context_slots = slots[i][: done[i] + n].to(model.device)
-            chunks.append(PromptRows(start, start + n, done[i], context_slots))
+            num_blocks = -(-(done[i] + n) // _BLOCK_SIZE)
+            chunks.append(ChunkRows(start, start + n, done[i], tables[i][:num_blocks]))
             start += n
-        decodes = []
-        if step[0] == 1:
-            lens = torch.tensor([len(c.context_slots) for c in chunks])
-            padded = torch.nn.utils.rnn.pad_sequence(
-                [c.context_slots for c in chunks], batch_first=True
-            )
-            decodes = [
-                DecodeRows(torch.arange(start, device=model.device), padded, lens.to(model.device))
-            ]
-            chunks = []
         context = ForwardContext(
             pool=pool,
             slots=torch.cat([s[r] for s, r in zip(slots, rows, strict=True)]).to(model.device),
-            prompts=chunks,
-            decodes=decodes,
+            chunks=chunks,
         )
         tokens = torch.cat([p[r] for p, r in zip(prompts, rows, strict=True)]).to(model.device)
         with forward_context(context):

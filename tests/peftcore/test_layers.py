@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from peftcore import layers
 from peftcore.base import BaseModel
 from peftcore.layers import (
     AdapterBatch,
@@ -30,14 +30,25 @@ from peftcore.layers import (
     VirtualRows,
     attach,
 )
+from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import BoundAdapter, ModuleWeights, bind, pack
-from peftcore.quant import QuantLinear, quantize_model
+from peftcore.primitives import BiasDelta, LowRank, ModuleOverride, Primitive, RowOverride
+from peftcore.program import AdapterProgram
+from peftcore.quant import quantize_model
 from tests import tiny
+from tests.peftcore.test_quant import dequantized
 from tests.peftcore.worlds import SavedAdapter, World
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]])
 T = IDS.shape[1]
-LAYERED = [n for n in tiny.peft_configs("llama") if n.startswith(("lora", "dora", "ia3"))]
+#: Not those that change the rows of tokens alone: IDS has none of these tokens.
+LAYERED = [
+    name
+    for name in tiny.peft_configs("llama")
+    if name not in tiny.prompt_configs("CAUSAL_LM") and not name.startswith("tokens")
+]
+#: Where adapters' low-rank updates, scales and biases at linear modules are computed.
+WAYS = ["torch", "kernels"]
 
 
 def attached(model: PreTrainedModel) -> tuple[PreTrainedModel, AdapterHost]:
@@ -46,9 +57,14 @@ def attached(model: PreTrainedModel) -> tuple[PreTrainedModel, AdapterHost]:
     return model, attach(model, BaseModel.from_model(model))
 
 
-def bound(saved: SavedAdapter, base: BaseModel) -> BoundAdapter:
-    packed = pack(saved.compile(base), torch.float32)
-    return bind(packed.digest, packed.layout, packed.data, 0)
+def bound(program: AdapterProgram, host: AdapterHost, way: str) -> BoundAdapter:
+    """Through a buffer, as the server has it."""
+    packed = pack(program, torch.float32)
+    if way == "torch":
+        return bind(packed.digest, packed.layout, packed.data, 0)
+    assert kernels() is not None, kernels_status()
+    assert host.linears is not None
+    return bind(packed.digest, packed.layout, packed.data, 0, host.linears)
 
 
 def whole(*parts: tuple[BoundAdapter, float]) -> AdapterBatch:
@@ -61,7 +77,7 @@ def whole(*parts: tuple[BoundAdapter, float]) -> AdapterBatch:
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.gemma3], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 @torch.inference_mode()
 def test_without_adapters_the_logits_are_the_models_bit_for_bit(
     make: Callable[[], PreTrainedModel], quantization: Any
@@ -70,8 +86,12 @@ def test_without_adapters_the_logits_are_the_models_bit_for_bit(
     quantize_model(plain, quantization)
     model, host = attached(plain)
     expected = plain(IDS).logits
-    elsewhere = BoundAdapter("d", {"nowhere.at_all": ModuleWeights(bias=torch.ones(1))})
-    for batch in (AdapterBatch(), whole((elsewhere, 1.0)), AdapterBatch([], [], [])):
+    nowhere = AdapterProgram("d", "ANY", [BiasDelta("nowhere.at_all", torch.ones(1))])
+    packed = pack(nowhere, torch.float32)
+    for_kernels = bind("d", packed.layout, packed.data, 0, {"nowhere.at_all": (1, 1)})
+    assert len(for_kernels.kernel) == 1
+    elsewhere = whole((bound(nowhere, host, "torch"), 1.0), (for_kernels, 1.0))
+    for batch in (AdapterBatch(), elsewhere, AdapterBatch([], [], [])):
         host.batch = batch
         assert torch.equal(model(IDS).logits, expected)
     again = plain(IDS).logits  # the copy shares nothing with it
@@ -97,6 +117,12 @@ def test_what_a_primitive_can_act_on_is_wrapped(make: Callable[[], PreTrainedMod
         assert wrapper.is_output == (name == "lm_head")
         assert type(wrapper.base) is type(plain.get_submodule(name))
         assert wrapper._host is host
+    linears = {
+        name: tuple(reversed(m.weight.T.shape if isinstance(m, Conv1D) else m.weight.shape))
+        for name, m in plain.named_modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    }
+    assert host.linears == linears
     embedding = model.get_input_embeddings()
     assert [w for w in wrappers.values() if getattr(w, "is_input", False)] == [embedding]
 
@@ -119,127 +145,17 @@ def test_a_wrapper_has_the_attributes_of_its_module() -> None:
         _ = head.nothing_like_it
 
 
-# -- one module, each primitive alone ----------------------------------------------------------
-
-N_IN, N_OUT = 24, 20
-
-
-def modules() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    conv = Conv1D(N_OUT, N_IN)
-    nn.init.normal_(conv.bias)
-    return {
-        "linear": nn.Linear(N_IN, N_OUT),
-        "no bias": nn.Linear(N_IN, N_OUT, bias=False),
-        "conv1d": conv,
-        "nf4": QuantLinear(torch.randn(N_OUT, N_IN), torch.randn(N_OUT), "nf4"),
-        "int8": QuantLinear(torch.randn(N_OUT, N_IN), None, "int8"),
-    }
+def test_kernels_are_for_float32_and_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, host = attached(tiny.llama().bfloat16())
+    assert host.linears is None
+    monkeypatch.setattr(layers, "kernels", lambda: None)
+    _, host = attached(tiny.llama())
+    assert host.linears is None
 
 
-def weights(seed: int, rank: int = 4) -> ModuleWeights:
-    """Everything that an adapter may do at a linear module."""
-    g = torch.Generator().manual_seed(seed)
+# -- norms and embeddings ----------------------------------------------------------------------
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    low_rank = (noise(rank, N_IN).T, noise(N_OUT, rank).T, 0.75)
-    # Row vectors times blocks: not symmetric, so that the other orientation differs.
-    rotation = torch.linalg.qr(noise(N_IN // 4, 4, 4)).Q
-    override = (noise(N_OUT, N_IN), noise(N_OUT) if seed % 2 else None)
-    rows = (torch.tensor([17, 0, 5]), noise(3, N_IN))
-    return ModuleWeights(
-        low_rank, noise(N_IN), noise(N_OUT), noise(N_OUT), rotation, override, rows
-    )
-
-
-def only(given: ModuleWeights, *names: str) -> ModuleWeights:
-    return ModuleWeights(**{name: getattr(given, name) for name in names})
-
-
-def formula(base: nn.Module, x: Tensor, parts: list[tuple[ModuleWeights, float]]) -> Tensor:
-    """One row, as `peftcore.program` states it, with dense matrices."""
-    for part, _ in parts:
-        x = x if part.rotation is None else x @ torch.block_diag(*part.rotation)
-    for part, _ in parts:
-        x = x if part.input_scale is None else x * part.input_scale
-    y = base(x)
-    for part, _ in parts:
-        if part.override is not None:
-            weight, bias = part.override
-            y = x @ weight.T if bias is None else x @ weight.T + bias
-    for part, weight in parts:
-        if part.low_rank is not None:
-            a_t, b_t, scale = part.low_rank
-            y = y + weight * scale * (x @ a_t @ b_t)
-    for part, _ in parts:
-        y = y if part.output_scale is None else y * part.output_scale
-    for part, weight in parts:
-        y = y if part.bias is None else y + weight * part.bias
-    for part, _ in parts:
-        if part.rows is not None:
-            ids, rows = part.rows
-            for i, row in zip(ids.tolist(), rows, strict=True):
-                y[:, i] = x @ row + (0 if base.bias is None else base.bias[i])
-    return y
-
-
-#: Bottlenecks act on a branch of a layer: `test_bottleneck` has them.
-PRIMITIVES = [
-    f.name for f in dataclasses.fields(ModuleWeights) if f.name not in ("bottleneck", "is_stream")
-]
-
-
-@pytest.mark.parametrize("kind", modules())
-@pytest.mark.parametrize("names", [*([name] for name in PRIMITIVES), PRIMITIVES], ids="+".join)
-@pytest.mark.parametrize("folded", [False, True])
-@torch.inference_mode()
-def test_rows_of_a_segment_get_its_primitives(kind: str, names: list[str], folded: bool) -> None:
-    """Rows of the base, of an adapter, of a mixture of two, and of one that is not here."""
-    base, host = modules()[kind], AdapterHost()
-    layer = AdapterLinear(base, "m", host)
-    first, second = only(weights(1), *names), only(weights(2, rank=7), *names)
-    host.batch = AdapterBatch(
-        tokens=[
-            Segment(1, 3, BoundAdapter("a", {"m": first})),
-            Segment(3, 4, BoundAdapter("a", {"m": first}), -0.5),
-            Segment(3, 4, BoundAdapter("b", {"m": second}), 2.0),
-            Segment(4, 6, BoundAdapter("b", {"m": second})),
-            Segment(6, 7, BoundAdapter("c", {"elsewhere": first})),
-        ],
-        outputs=[Segment(0, 8, BoundAdapter("a", {"m": second}))],
-    )
-    rows: list[list[tuple[ModuleWeights, float]]] = [
-        [], [(first, 1.0)], [(first, 1.0)], [(first, -0.5), (second, 2.0)],
-        [(second, 1.0)], [(second, 1.0)], [], [],
-    ]  # fmt: skip
-    x = torch.randn(8, N_IN)
-    before = x.clone()
-    y = layer(x if folded else x[None])
-    assert y.shape == ((8, N_OUT) if folded else (1, 8, N_OUT))
-    assert torch.equal(x, before)
-    untouched = base(x)
-    for i, parts in enumerate(rows):
-        row = y.view(8, N_OUT)[i]
-        torch.testing.assert_close(row, formula(base, x[i : i + 1], parts)[0], atol=2e-5, rtol=1e-5)
-        assert torch.equal(row, untouched[i]) == (not parts)
-
-
-@pytest.mark.parametrize("kind", modules())
-@torch.inference_mode()
-def test_a_row_does_not_depend_on_its_neighbours(kind: str) -> None:
-    """Alone in a batch, or between rows of the base and of another adapter."""
-    base, host = modules()[kind], AdapterHost()
-    layer = AdapterLinear(base, "m", host)
-    mine, other = BoundAdapter("a", {"m": weights(1)}), BoundAdapter("b", {"m": weights(2)})
-    x = torch.randn(1, 9, N_IN)
-    host.batch = AdapterBatch([Segment(2, 5, mine), Segment(5, 8, other)])
-    together = layer(x)
-    for i in range(2, 5):
-        host.batch = AdapterBatch([Segment(0, 1, mine)])
-        alone = layer(x[:, i : i + 1])
-        torch.testing.assert_close(alone[0, 0], together[0, i], atol=2e-5, rtol=1e-5)
+N_IN = 24
 
 
 def norms() -> dict[str, tuple[nn.Module, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
@@ -338,21 +254,21 @@ def test_an_embedding_with_other_rows(scaled: bool) -> None:
     other, rows = torch.randn(NUM, DIM), torch.randn(3, DIM)
     a, b = torch.randn(2, NUM), torch.randn(DIM, 2)
     ids = torch.tensor([[7, 3, 8, 7, 3, 1, 29, 7, 3, 0, 7]])
-    chosen = torch.tensor([29, 7, 0])
-    low_rank = (a.T, b.T, 0.75)
+    low_rank, replaced = LowRank("e", a, b, 0.75), ModuleOverride("e", other, None)
+    new_rows = RowOverride("e", (29, 7, 0), rows)
+
+    def adapter(*primitives: Primitive) -> BoundAdapter:
+        return bound(AdapterProgram("d", "ANY", primitives), host, "torch")
+
     host.batch = AdapterBatch(
         tokens=[
-            Segment(1, 3, BoundAdapter("a", {"e": ModuleWeights(override=(other, None))})),
-            Segment(3, 5, BoundAdapter("b", {"e": ModuleWeights(low_rank=low_rank)}), -2.0),
-            Segment(5, 8, BoundAdapter("c", {"e": ModuleWeights(rows=(chosen, rows))})),
-            Segment(
-                8, 11,
-                BoundAdapter("d", {"e": ModuleWeights(
-                    low_rank, override=(other, None), rows=(chosen, rows))}),
-            ),
+            Segment(1, 3, adapter(replaced)),
+            Segment(3, 5, adapter(low_rank), -2.0),
+            Segment(5, 8, adapter(new_rows)),
+            Segment(8, 11, adapter(low_rank, replaced, new_rows)),
         ],
         virtual=[VirtualRows(9, 10, torch.full((1, DIM), 7.0))],
-    )  # fmt: skip
+    )
     w, t = base.weight, ids[0].tolist()
     expected = scale * torch.stack(
         [
@@ -367,20 +283,6 @@ def test_an_embedding_with_other_rows(scaled: bool) -> None:
     assert torch.equal(y[0, 0], base(ids)[0, 0])
     assert torch.equal(y[0, 5], base(ids)[0, 5])
     assert host.num_rows == 11
-
-
-@torch.inference_mode()
-def test_the_output_embedding_has_segments_of_its_own() -> None:
-    """Its rows are those of which logits are computed, not the batch's tokens."""
-    base, host = modules()["linear"], AdapterHost()
-    given = weights(1)
-    other = BoundAdapter("b", {"elsewhere": given})
-    outputs = [Segment(1, 2, BoundAdapter("a", {"m": given}))]
-    host.batch = AdapterBatch(tokens=[Segment(5, 9, other)], outputs=outputs)
-    x = torch.randn(1, 2, N_IN)
-    y = AdapterLinear(base, "m", host, is_output=True)(x)
-    assert torch.equal(y[0, 0], base(x)[0, 0])
-    torch.testing.assert_close(y[0, 1], formula(base, x[0, 1:], [(given, 1.0)])[0])
 
 
 @torch.inference_mode()
@@ -400,22 +302,54 @@ def test_virtual_rows_replace_embeddings(world: World) -> None:
 # -- whole models against PEFT -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LAYERED)
 @torch.inference_mode()
-def test_logits_are_pefts(name: str, world: World) -> None:
+def test_logits_are_pefts(name: str, way: str, world: World) -> None:
     model, host = attached(world.model)
-    host.batch = whole((bound(world.saved(name), world.base), 1.0))
+    host.batch = whole((bound(world.saved(name).compile(world.base), host, way), 1.0))
     logits = model(IDS).logits
     expected = world.in_peft(name)(input_ids=IDS).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert (expected - world.model(IDS).logits).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["lora-r8-all", "lora-head-saved", "dora", "ia3", "vera"])
+@torch.inference_mode()
+def test_logits_over_a_quantized_base_are_pefts_over_its_weights(
+    name: str, quantization: Any, way: str, world: World
+) -> None:
+    """peft has the same adapter on a float model of the weights that the codes stand for."""
+    plain = copy.deepcopy(world.model)
+    output = plain.get_output_embeddings()
+    if output.weight is plain.get_input_embeddings().weight:  # of which the codes are no copy
+        output.weight = copy.deepcopy(output.weight)
+    quantized = copy.deepcopy(plain)
+    quantize_model(quantized, quantization)
+    for module in plain.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            choice = "int8" if module is output else quantization
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            values = dequantized(weight.contiguous(), choice)
+            module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
+    saved = world.saved(name)
+    program = saved.compile(BaseModel.from_model(plain))
+    model, host = attached(quantized)
+    host.batch = whole((bound(program, host, way), 1.0))
+    oracle = tiny.PeftOracle(plain, [(world.folders[name], 1.0)])
+    expected = oracle.logits(IDS[0].tolist())
+    torch.testing.assert_close(model(IDS).logits[0], expected, atol=1e-4, rtol=0)
+    assert (expected - plain(IDS).logits[0]).abs().max() > 0.05
+    assert (world.in_peft(name)(input_ids=IDS).logits[0] - expected).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("name", ["prompt", "p-tuning"])
 @torch.inference_mode()
 def test_logits_after_virtual_tokens_are_pefts(name: str, world: World) -> None:
     model, host = attached(world.model)
-    rows = bound(world.saved(name), world.base).virtual_tokens
+    rows = bound(world.saved(name).compile(world.base), host, "torch").virtual_tokens
     assert rows is not None
     n = len(rows)
     host.batch = AdapterBatch(virtual=[VirtualRows(0, n, rows)])
@@ -424,11 +358,13 @@ def test_logits_after_virtual_tokens_are_pefts(name: str, world: World) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
-def test_a_mixture_is_pefts_weighted_sum(world: World) -> None:
+def test_a_mixture_is_pefts_weighted_sum(way: str, world: World) -> None:
     parts = [("lora-r4", 0.75), ("lora-r8-all", -0.5), ("lora_bias", 1.5)]
     model, host = attached(world.model)
-    host.batch = whole(*((bound(world.saved(n), world.base), weight) for n, weight in parts))
+    programs = [(world.saved(n).compile(world.base), weight) for n, weight in parts]
+    host.batch = whole(*((bound(program, host, way), weight) for program, weight in programs))
     oracle = tiny.PeftOracle(world.model, [(world.folders[n], weight) for n, weight in parts])
     torch.testing.assert_close(
         model(IDS).logits[0], oracle.logits(IDS[0].tolist()), atol=1e-4, rtol=0
@@ -454,12 +390,14 @@ def opt() -> PreTrainedModel:
     ],
     ids=["lora", "dora", "ia3"],
 )
+@pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
-def test_a_model_that_folds_its_batch(config: peft.PeftConfig, tmp_path: Path) -> None:
+def test_a_model_that_folds_its_batch(way: str, config: peft.PeftConfig, tmp_path: Path) -> None:
     plain = opt()
     folder = tiny.save_random_adapter(plain, config, tmp_path)
     model, host = attached(plain)
-    host.batch = whole((bound(SavedAdapter.read(folder), BaseModel.from_model(plain)), 1.0))
+    program = SavedAdapter.read(folder).compile(BaseModel.from_model(plain))
+    host.batch = whole((bound(program, host, way), 1.0))
     expected = tiny.PeftOracle(plain, [(folder, 1.0)]).logits(IDS[0].tolist())
     torch.testing.assert_close(model(IDS).logits[0], expected, atol=1e-4, rtol=0)
     host.batch = AdapterBatch()

@@ -246,6 +246,25 @@ def test_half_precision_activations(ops: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factors", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_factors(ops: ModuleType, rows: torch.dtype, factors: torch.dtype) -> None:
+    """As `pack` keeps them: to float32 rows they add all that their values say."""
+    ((a, b, scale),) = adapters([8], 32, 24, seed=5)
+    part = LowRankPart(1, 4, a.to(factors), b.to(factors), scale)
+    x, y, tokens = torch.randn(5, 32).to(rows), torch.randn(5, 24).to(rows), torch.arange(27, 32)
+    expected = dense_low_rank(y, x, [part])
+    of_ids = dense_low_rank(y, torch.eye(32)[tokens], [part])
+    looked_up = y.clone()
+    ops.add_low_rank_(y, x, [part])
+    ops.add_low_rank_of_ids_(looked_up, tokens, [part])
+    assert y.dtype == looked_up.dtype == rows
+    tolerance = (1e-5, 1e-5) if rows == torch.float32 else (0.05, 0.02)
+    for result, exact in ((y, expected), (looked_up, of_ids)):
+        torch.testing.assert_close(result.double(), exact, atol=tolerance[0], rtol=tolerance[1])
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_half_precision_meets_float32_replacements(ops: ModuleType) -> None:
     x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 6).bfloat16()
     weight, bias, ids = torch.randn(6, 8), torch.randn(6), torch.tensor([4, 1])

@@ -32,6 +32,7 @@ def record_of(content: str) -> AdapterRecord:
         method="LORA",
         rank=8,
         num_elements=1024,
+        num_half_elements=960,
         num_virtual_tokens=0,
         virtual_kv=False,
         adds=True,

@@ -12,16 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftcore.ops.cpu import kernels, kernels_status
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Batch, Chunk
 from server.engine.sequence import SamplingParams, Sequence
+from server.models import attention, loader
 from server.models.attention import paged_attention
-from server.models.context import DecodeRows, ForwardContext, PromptRows, forward_context
+from server.models.context import ChunkRows, ForwardContext, forward_context
 from server.models.kv_pool import KVPool
 from server.models.loader import prepare_model
 from tests.server.models import zoo
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who attends."""
+    assert kernels() is not None, kernels_status()
+    if request.param == "torch":
+        monkeypatch.setattr(attention, "kernels", lambda: None)
+    return request.param
+
 
 # -- the formula ---------------------------------------------------------------------------------
 
@@ -67,36 +79,27 @@ class Paged:
             dtype=torch.float32, device=CPU,
         )  # fmt: skip
         free = torch.randperm(num_blocks, generator=rng).tolist()
-        self.slots = []
+        self.slots, self.tables = [], []
         for n in lengths:
-            blocks = torch.tensor([free.pop() for _ in range(-(-n // self.SIZE))])
-            slots = blocks[:, None] * self.SIZE + torch.arange(self.SIZE)
+            self.tables.append([free.pop() for _ in range(-(-n // self.SIZE))])
+            slots = torch.tensor(self.tables[-1])[:, None] * self.SIZE + torch.arange(self.SIZE)
             self.slots.append(slots.flatten()[:n])
         self.unused = [block * self.SIZE for block in free]
 
     def step(self, chunks: Seq[tuple[int, int, int]], **options: object) -> list[Tensor]:
-        """Compute positions [start, end) of sequences; single rows together, as decodes."""
-        prompts, singles, row = [], [], 0
+        """Compute positions [start, end) of sequences."""
+        rows: list[ChunkRows] = []
+        row = 0
         for i, start, end in chunks:
-            if end - start == 1:
-                singles.append((row, i, end))
-            else:
-                prompts.append(PromptRows(row, row + end - start, start, self.slots[i][:end]))
+            table = self.tables[i][: -(-end // self.SIZE)]
+            rows.append(ChunkRows(row, row + end - start, start, table))
             row += end - start
-        decodes = []
-        if singles:
-            longest = max(end for _, _, end in singles)
-            padded = torch.zeros(len(singles), longest, dtype=torch.long)
-            for n, (_, i, end) in enumerate(singles):
-                padded[n, :end] = self.slots[i][:end]
-            rows = torch.tensor([row for row, _, _ in singles])
-            decodes.append(DecodeRows(rows, padded, torch.tensor([end for _, _, end in singles])))
 
         def packed(tensors: list[Tensor]) -> Tensor:
             return torch.cat([tensors[i][s:e] for i, s, e in chunks]).transpose(0, 1)[None]
 
         slots = torch.cat([self.slots[i][s:e] for i, s, e in chunks])
-        with forward_context(ForwardContext(self.pool, slots, prompts, decodes)):
+        with forward_context(ForwardContext(self.pool, slots, rows)):
             out, weights = paged_attention(
                 SimpleNamespace(layer_idx=1), packed(self.q), packed(self.k), packed(self.v),
                 None, **options,
@@ -141,7 +144,7 @@ STEPS = [
     ids=str,
 )
 def test_every_row_is_the_formula_s(
-    heads: int, kv_heads: int, d: int, dv: int, options: dict
+    heads: int, kv_heads: int, d: int, dv: int, options: dict, by: str
 ) -> None:
     if options.get("s_aux"):
         options = options | {"s_aux": torch.linspace(-1, 2, heads)}
@@ -155,20 +158,23 @@ def test_every_row_is_the_formula_s(
                 )
 
 
-def test_only_its_layer_and_slots_are_written() -> None:
+def test_only_its_layer_and_slots_are_written(by: str) -> None:
     paged = Paged([13, 5, 22, 1, 9], 4, 2, 8, 6)
     for tensors in (*paged.pool.keys, *paged.pool.values):
         tensors.fill_(7.0)
     paged.step([(0, 0, 6), (1, 0, 1)])
     written = {*paged.slots[0][:6].tolist(), int(paged.slots[1][0])}
-    for layer, tensor, source in ((1, paged.pool.keys, paged.k), (1, paged.pool.values, paged.v)):
-        changed = (tensor[layer] != 7).flatten(1).any(1).nonzero().flatten().tolist()
+    every = torch.arange(paged.pool.num_blocks * paged.SIZE)
+    for kept, untouched, source in zip(
+        paged.pool.read(1, every), paged.pool.read(0, every), (paged.k, paged.v), strict=True
+    ):
+        changed = (kept != 7).flatten(1).any(1).nonzero().flatten().tolist()
         assert set(changed) == written
-        assert torch.equal(tensor[layer][paged.slots[0][:6]], source[0][:6])
-        assert (tensor[0] == 7).all()
+        assert torch.equal(kept[paged.slots[0][:6]], source[0][:6])
+        assert (untouched == 7).all()
 
 
-def test_what_others_hold_does_not_spread() -> None:
+def test_what_others_hold_does_not_spread(by: str) -> None:
     """Not even NaN, in slots of others, in unused ones, and in later ones of the same blocks."""
     paged = Paged([13, 5, 22, 1, 9], 4, 2, 8, 8)
     for chunks in STEPS[:3]:
@@ -176,8 +182,8 @@ def test_what_others_hold_does_not_spread() -> None:
     clean = paged.step(STEPS[3])
     own = {int(s) for i, _, end in STEPS[3] if i != 0 for s in paged.slots[i][:end]}
     others = [s for s in range(paged.pool.num_blocks * paged.SIZE) if s not in own]
-    for tensors in (paged.pool.keys, paged.pool.values):
-        tensors[1][others] = torch.nan
+    nan = torch.full((len(others), 2, 8), torch.nan)
+    paged.pool.write(1, torch.tensor(others), nan, nan)
     spoiled = paged.step(STEPS[3])
     assert spoiled[3].isnan().all(), "the sequence that reads them"
     for before, after in zip(clean[:3], spoiled[:3], strict=True):
@@ -185,7 +191,7 @@ def test_what_others_hold_does_not_spread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_pool_of_less_precision(dtype: torch.dtype) -> None:
+def test_a_pool_of_less_precision(dtype: torch.dtype, by: str) -> None:
     paged, exact = (Paged([13, 5, 22, 1, 9], 4, 2, 8, 8) for _ in range(2))
     paged.pool = KVPool(
         [(2, 8, 8)] * 2, num_blocks=paged.pool.num_blocks, block_size=paged.SIZE,
@@ -225,7 +231,9 @@ def plans(seed: int) -> Iterator[list[tuple[int, int, int]]]:
 
 
 @pytest.mark.parametrize("name", zoo.SERVED)
-def test_a_model_s_logits_are_those_of_eager_attention(name: str) -> None:
+def test_a_model_s_logits_are_those_of_eager_attention(
+    name: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the end of every chunk and decode, however the sequences are cut."""
     model = zoo.make(name)
     rng = random.Random(5)
@@ -233,6 +241,8 @@ def test_a_model_s_logits_are_those_of_eager_attention(name: str) -> None:
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         expected = [model(torch.tensor([p]), use_cache=False).logits[0] for p in prompts]
+    if by == "torch":
+        monkeypatch.setattr(loader, "kernels", lambda: None)
     loaded = prepare_model(model, "none", CPU)
     for seed in range(3):
         block_size = (3, 4, 16)[seed]
@@ -262,13 +272,14 @@ def test_a_model_s_logits_are_those_of_eager_attention(name: str) -> None:
 
 def test_the_comparison_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is wrong by one, in the decode's mask alone."""
-    from server.models import attention
+    original = attention._mask
 
-    original = attention._decode_mask
-    monkeypatch.setattr(
-        attention, "_decode_mask",
-        lambda context, i, group, window: original(context, i, group, window and window + 1),
-    )  # fmt: skip
-    monkeypatch.setattr("server.models.loader.probe", lambda model, shapes: None)
+    def mask(context: ForwardContext, group: object, window: int | None) -> Tensor:
+        decodes = isinstance(group, attention._DecodeRows)
+        return original(context, group, window + 1 if decodes and window else window)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "_mask", mask)
+    monkeypatch.setattr(attention, "kernels", lambda: None)
+    monkeypatch.setattr(loader, "probe", lambda *args: None)
     with pytest.raises(AssertionError, match="mistral: sequence"):
-        test_a_model_s_logits_are_those_of_eager_attention("mistral")
+        test_a_model_s_logits_are_those_of_eager_attention("mistral", "torch", monkeypatch)

@@ -29,8 +29,8 @@ def test_block_bytes_is_what_a_block_takes(dtype: torch.dtype, block_size: int) 
 
 def test_shapes_are_each_layer_s_own() -> None:
     made = pool()
-    assert [tuple(k.shape) for k in made.keys] == [(20, 2, 8), (20, 4, 12), (20, 1, 16)]
-    assert [tuple(v.shape) for v in made.values] == [(20, 2, 8), (20, 4, 6), (20, 1, 16)]
+    assert [tuple(k.shape) for k in made.keys] == [(5, 2, 8, 4), (5, 4, 12, 4), (5, 1, 16, 4)]
+    assert [tuple(v.shape) for v in made.values] == [(5, 2, 4, 8), (5, 4, 4, 6), (5, 1, 4, 16)]
     assert all(not tensor.any() for tensor in (*made.keys, *made.values))
 
 
@@ -41,11 +41,13 @@ def test_a_write_changes_its_slots_alone(dtype: torch.dtype) -> None:
     keys, values = torch.randn(3, 4, 12), torch.randn(3, 4, 6)
     # As attention hands them over: transposed views.
     made.write(1, slots, keys.transpose(0, 1).contiguous().transpose(0, 1), values)
-    assert torch.equal(made.keys[1][slots], keys.to(dtype))
-    assert torch.equal(made.values[1][slots], values.to(dtype))
-    others = [s for s in range(20) if s not in slots.tolist()]
-    assert not made.keys[1][others].any()
-    assert not made.values[1][others].any()
+    kept = made.read(1, slots)
+    assert torch.equal(kept[0], keys.to(dtype))
+    assert torch.equal(kept[1], values.to(dtype))
+    assert made.keys[1][4, :, :, 1].equal(keys[0].to(dtype)), "a position is a column of its block"
+    assert made.values[1][4, :, 1].equal(values[0].to(dtype))
+    others = torch.tensor([s for s in range(20) if s not in slots.tolist()])
+    assert not any(tensor.any() for tensor in made.read(1, others))
     for layer in (0, 2):
         assert not made.keys[layer].any()
         assert not made.values[layer].any()
@@ -55,5 +57,6 @@ def test_a_second_write_replaces_the_first() -> None:
     made = pool()
     for fill in (1.0, 2.0):
         made.write(0, torch.tensor([3]), torch.full((1, 2, 8), fill), torch.full((1, 2, 8), -fill))
-    assert (made.keys[0][3] == 2).all()
-    assert (made.values[0][3] == -2).all()
+    keys, values = made.read(0, torch.tensor([3]))
+    assert (keys == 2).all()
+    assert (values == -2).all()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from server.models import attention, probe
+from server.models import attention, loader, probe
 from server.models.attention import NAME, paged_attention
 from server.models.context import current_context
 from server.models.loader import prepare_model
@@ -115,6 +115,14 @@ def wrong(**changes: Any) -> Any:
     return attend
 
 
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own modules, and attention by torch."""
+    monkeypatch.setattr(loader, "kernels", lambda: None)
+    monkeypatch.setattr(attention, "kernels", lambda: None)
+
+
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize(
     ("name", "attend"),
     [
@@ -136,6 +144,7 @@ def test_a_wrong_attention_is_caught(
         prepare(zoo.make(name))
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_wrong_pages_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step alone would be right: what is wrong is what it finds of the steps before."""
     from server.models.kv_pool import KVPool
@@ -150,14 +159,21 @@ def test_wrong_pages_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(zoo.make("llama"))
 
 
-@pytest.mark.parametrize("helper", ["_prompt_mask", "_decode_mask"])
-def test_a_mask_that_shows_too_much_is_caught(monkeypatch: pytest.MonkeyPatch, helper: str) -> None:
-    original = getattr(attention, helper)
-    monkeypatch.setattr(attention, helper, lambda *args: torch.ones_like(original(*args)))
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize("kind", [attention._PromptRows, attention._DecodeRows])
+def test_a_mask_that_shows_too_much_is_caught(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    original = attention._mask
+
+    def mask(context: Any, group: Any, window: int | None) -> Tensor:
+        found = original(context, group, window)
+        return torch.ones_like(found) if isinstance(group, kind) else found
+
+    monkeypatch.setattr(attention, "_mask", mask)
     with pytest.raises(UnservableModel, match="differs"):
-        prepare(zoo.make("llama"))
+        prepare(zoo.make("mistral"))  # its window hides something from decodes too
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_heads_in_the_wrong_groups_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention.Tensor, "repeat_interleave",
@@ -182,9 +198,9 @@ def test_nothing_of_the_model_changes(name: str) -> None:
     model = zoo.make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.set_attn_implementation(NAME)
-    shapes = probe.measure_kv_shapes(model)
+    shapes = [call.kv_shape for call in probe.observe(model)]
     assert model.config._attn_implementation == NAME
-    probe.probe(model, shapes)
+    probe.probe(model, shapes, probe.eager_logits(model))
     assert model.config._attn_implementation == NAME
     after = model.state_dict()
     assert list(after) == list(before)
@@ -207,7 +223,8 @@ def test_a_failure_leaves_the_implementation_as_it_was(
 ) -> None:
     model = zoo.make("llama")
     model.set_attn_implementation(NAME)
-    shapes = probe.measure_kv_shapes(model)
+    shapes = [call.kv_shape for call in probe.observe(model)]
+    expected = probe.eager_logits(model)
     forward = model.forward
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -217,9 +234,13 @@ def test_a_failure_leaves_the_implementation_as_it_was(
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", failing)
-    step = probe.measure_kv_shapes if where == "measure" else partial(probe.probe, kv_shapes=shapes)
+    steps = {
+        "measure": probe.observe,
+        "eager": probe.eager_logits,
+        "paged": partial(probe.probe, kv_shapes=shapes, expected=expected),
+    }
     with pytest.raises((RuntimeError, UnservableModel), match="out of memory"):
-        step(model)
+        steps[where](model)
     assert model.config._attn_implementation == NAME
     with pytest.raises(RuntimeError, match="outside of forward_context"):
         current_context()
@@ -230,4 +251,4 @@ def test_shapes_are_those_that_reach_the_attention() -> None:
     for name, shape in (("deepseek_v3", (4, 12, 6)), ("llama", (2, 8, 8)), ("qwen3", (2, 16, 16))):
         model = zoo.make(name)
         model.set_attn_implementation(NAME)
-        assert probe.measure_kv_shapes(model) == [shape] * 2
+        assert [call.kv_shape for call in probe.observe(model)] == [shape] * 2

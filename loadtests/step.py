@@ -1,0 +1,229 @@
+"""Where one engine step's time goes. `python -m loadtests.step`
+
+Runs the engine in this process, without HTTP: a batch of streams is prefilled and decoded, once for
+warming up and then --repeats times, with a clock around every kernel and every part of the step.
+Decode steps are told apart from steps that prefill. "adapters" is what the linear kernels take
+longer with adapters than without, from two runs over the same prompts; "other" is what is left of
+the model's pass: torch operators, transformers' own code, Python. Figures are medians over the
+steps of all repeats, in milliseconds; the clocks themselves add about 0.2 ms a step.
+
+    python -m loadtests.step --quantization nf4 --streams 16
+    python -m loadtests.step --streams 1 --adapters 1 --json step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loadtests.in_process import InProcess, Run, in_process
+from peftcore.ops.cpu import kernels, kernels_status
+
+#: Part of a step → the kernels whose time it is.
+_KERNELS = {
+    "linear": ("linear", "add_adapters_", "scale_input"),
+    "attention": ("attention",),
+    "norms": ("rms_norm",),
+    "gates": ("gate_",),
+}
+_PARTS = ("schedule", "prepare", *_KERNELS, "other", "sample", "deliver")
+
+
+class Clock:
+    """Seconds by part; parts of one step are collected until the step ends."""
+
+    def __init__(self) -> None:
+        self.current: dict[str, float] = defaultdict(float)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.current[part] += time.perf_counter() - start
+
+        return call
+
+    def take(self) -> dict[str, float]:
+        taken, self.current = dict(self.current), defaultdict(float)
+        return taken
+
+
+@contextmanager
+def clocked(clock: Clock, world: InProcess) -> Iterator[None]:
+    """Clocks around the kernels and the engine's parts."""
+    engine = world.engine
+    places: list[tuple[Any, str, str]] = [
+        (engine.scheduler, "schedule", "schedule"),
+        (engine.runner, "execute", "execute"),
+        (engine.runner.loaded.model, "forward", "model"),
+        (engine.sampler, "sample", "sample"),
+        (engine, "_advance", "deliver"),
+    ]
+    if kernels() is not None:
+        places += [(kernels(), name, part) for part, names in _KERNELS.items() for name in names]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, part in places:
+            setattr(owner, name, clock.timed(part, getattr(owner, name)))
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+def steps_of(clock: Clock, world: InProcess, run: Callable[[], Run]) -> list[dict[str, float]]:
+    """Each step of a run: its parts in seconds, `total`, and whether it is a decode step."""
+    steps: list[dict[str, float]] = []
+    step = world.engine.step
+
+    def recording() -> Any:
+        clock.take()
+        start = time.perf_counter()
+        prefills = any(not seq.num_output_tokens for seq in world.engine.live)
+        outputs = step()
+        total = time.perf_counter() - start
+        parts = clock.take()
+        if "model" in parts:
+            inside = sum(parts.get(part, 0.0) for part in _KERNELS)
+            parts["other"] = parts["model"] - inside
+            parts["prepare"] = parts["execute"] - parts["model"]
+            steps.append({**parts, "total": total, "decode": float(not prefills)})
+        return outputs
+
+    world.engine.step = recording  # type: ignore[method-assign]
+    try:
+        run()
+    finally:
+        world.engine.step = step  # type: ignore[method-assign]
+    return steps
+
+
+def table(
+    steps: list[dict[str, float]], base: list[dict[str, float]], *, decode: bool
+) -> dict[str, float]:
+    """Median milliseconds by part of the steps of one kind; `base`: the same without adapters."""
+    chosen = [s for s in steps if s["decode"] == decode]
+    if not chosen:
+        return {}
+    median = {
+        part: 1e3 * statistics.median(s.get(part, 0.0) for s in chosen)
+        for part in (*_PARTS, "total")
+    }
+    plain = [s.get("linear", 0.0) for s in base if s["decode"] == decode]
+    if base and plain:
+        own = 1e3 * statistics.median(plain)
+        median["adapters"] = max(0.0, median["linear"] - own)
+        median["linear"] = min(median["linear"], own)
+    return {part: round(value, 3) for part, value in median.items()}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    settings: dict[str, object] = {
+        "quantization": args.quantization,
+        "num_threads": args.threads,
+        "max_num_seqs": max(args.streams, 1),
+    }
+    if args.model:
+        settings["model"] = args.model
+    with in_process(settings, num_adapters=args.adapters, rank=args.rank) as world:
+
+        def run(adapters: bool, seed: int) -> Run:
+            return world.run(
+                streams=args.streams, prompt_tokens=args.prompt_tokens,
+                output_tokens=args.output_tokens, adapters=adapters, seed=seed,
+            )  # fmt: skip
+
+        cases = [False, True] if args.adapters else [False]
+        for adapters in cases:
+            run(adapters, 0)
+        runs: dict[bool, list[Run]] = {adapters: [] for adapters in cases}
+        steps: dict[bool, list[dict[str, float]]] = {adapters: [] for adapters in cases}
+        clock = Clock()
+        for i in tqdm(range(args.repeats), desc="repeats", disable=args.quiet):
+            for adapters in cases:
+                seed = 1 + 2 * i + adapters
+                runs[adapters].append(run(adapters, seed))
+                with clocked(clock, world):
+                    steps[adapters] += steps_of(clock, world, lambda a=adapters, s=seed: run(a, -s))  # type: ignore[misc]
+    result: dict[str, Any] = {
+        "kernels": kernels_status(), "threads": torch.get_num_threads(),
+        "quantization": args.quantization, "streams": args.streams, "adapters": args.adapters,
+        "prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens,
+    }  # fmt: skip
+    for adapters in cases:
+        decodes = [seconds for r in runs[adapters] for seconds in r.decode_steps]
+        result["with adapters" if adapters else "base"] = {
+            "output_tokens_per_second": statistics.median(
+                r.tokens_per_second for r in runs[adapters]
+            ),
+            "decode_step_ms": 1e3 * statistics.median(decodes),
+            "decode_tokens_per_second": args.streams / statistics.median(decodes),
+            "decode_parts_ms": table(steps[adapters], steps[False], decode=True),
+            "prefill_parts_ms": table(steps[adapters], steps[False], decode=False),
+        }
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"{result['streams']} streams, {result['prompt_tokens']} prompt and "
+        f"{result['output_tokens']} output tokens, {result['quantization']}, "
+        f"{result['threads']} threads, kernels: {result['kernels']}"
+    )
+    for case in ("base", "with adapters"):
+        if case not in result:
+            continue
+        found = result[case]
+        print(
+            f"\n{case}: {found['output_tokens_per_second']:.1f} output tok/s, decode step "
+            f"{found['decode_step_ms']:.2f} ms ({found['decode_tokens_per_second']:.1f} tok/s)"
+        )
+        columns = {"decode": found["decode_parts_ms"], "prefill": found["prefill_parts_ms"]}
+        print(f"{'ms a step':12}" + "".join(f"{name:>10}" for name in columns))
+        parts = (*_PARTS[:3], "adapters", *_PARTS[3:], "total")
+        for part in parts:
+            if any(part in column for column in columns.values()):
+                values = (column.get(part) for column in columns.values())
+                cells = ("" if value is None else f"{value:.2f}" for value in values)
+                print(f"{part:12}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="as polypeft-serve's; the default model by default")
+    parser.add_argument("--quantization", choices=("int8", "nf4", "none"), default="int8")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument(
+        "--adapters", type=int, default=16, help="LoRA on all linear layers; 0: none"
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=150)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    result = measure(args)
+    show(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+// Sixteen floats: the one vector type of the kernels, whatever the machine's own width is.
+//
+// AVX-512, AVX2, or the compiler's portable vectors (NEON on aarch64). Kernels are written once
+// against F16; a reduction has one fixed order, so a result does not depend on how it was tiled.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace polypeft {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+
+struct F16 {
+  __m512 v;
+
+  static F16 zero() { return {_mm512_setzero_ps()}; }
+  static F16 set1(float x) { return {_mm512_set1_ps(x)}; }
+  static F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static F16 load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static F16 load(const BFloat16* p) {
+    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static F16 load(const int8_t* p) {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+  }
+  static F16 load_n(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(Half* p) const {
+    __m256i half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  }
+  void store(BFloat16* p) const {  // to the nearest, ties to even
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+  void store_n(float* p, int n) const {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  }
+};
+
+inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 round(F16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a · 2^n for whole n.
+inline F16 scale2(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+// Of sixteen bytes: the table's values at the low nibbles, and at the high ones.
+struct Table16 {
+  __m512 v;
+  explicit Table16(const float* p) : v(_mm512_loadu_ps(p)) {}
+  void look_up(const uint8_t* p, F16& low, F16& high) const {
+    __m512i ids = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low.v = _mm512_permutexvar_ps(ids, v);  // reads four bits of each index
+    high.v = _mm512_permutexvar_ps(_mm512_srli_epi32(ids, 4), v);
+  }
+};
+
+#elif defined(__AVX2__)
+
+struct F16 {
+  __m256 v[2];
+
+  static F16 zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static F16 set1(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+  static F16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+  static F16 load(const Half* p) {
+    auto at = reinterpret_cast<const __m128i*>(p);
+    return {{_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))}};
+  }
+  static F16 load(const BFloat16* p) {
+    auto at = reinterpret_cast<const __m128i*>(p);
+    auto widen = [](__m128i b) {
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+    };
+    return {{widen(_mm_loadu_si128(at)), widen(_mm_loadu_si128(at + 1))}};
+  }
+  static F16 load(const int8_t* p) {
+    __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
+             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))}};
+  }
+  static F16 load_n(const float* p, int n) {
+    alignas(32) float full[kLanes] = {};
+    std::memcpy(full, p, sizeof(float) * n);
+    return load(full);
+  }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, v[0]);
+    _mm256_storeu_ps(p + 8, v[1]);
+  }
+  void store(Half* p) const {
+    auto at = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(at, _mm256_cvtps_ph(v[0], _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(at + 1, _mm256_cvtps_ph(v[1], _MM_FROUND_TO_NEAREST_INT));
+  }
+  void store(BFloat16* p) const {
+    alignas(32) float full[kLanes];
+    store(full);
+    for (int i = 0; i < kLanes; ++i) p[i] = full[i];
+  }
+  void store_n(float* p, int n) const {
+    alignas(32) float full[kLanes];
+    store(full);
+    std::memcpy(p, full, sizeof(float) * n);
+  }
+};
+
+#define POLYPEFT_EACH(op, ...) F16 r; for (int i = 0; i < 2; ++i) r.v[i] = op(__VA_ARGS__); return r
+inline F16 operator+(F16 a, F16 b) { POLYPEFT_EACH(_mm256_add_ps, a.v[i], b.v[i]); }
+inline F16 operator-(F16 a, F16 b) { POLYPEFT_EACH(_mm256_sub_ps, a.v[i], b.v[i]); }
+inline F16 operator*(F16 a, F16 b) { POLYPEFT_EACH(_mm256_mul_ps, a.v[i], b.v[i]); }
+inline F16 operator/(F16 a, F16 b) { POLYPEFT_EACH(_mm256_div_ps, a.v[i], b.v[i]); }
+inline F16 fma(F16 a, F16 b, F16 c) { POLYPEFT_EACH(_mm256_fmadd_ps, a.v[i], b.v[i], c.v[i]); }
+inline F16 max(F16 a, F16 b) { POLYPEFT_EACH(_mm256_max_ps, a.v[i], b.v[i]); }
+inline F16 min(F16 a, F16 b) { POLYPEFT_EACH(_mm256_min_ps, a.v[i], b.v[i]); }
+inline F16 round(F16 a) { POLYPEFT_EACH(_mm256_round_ps, a.v[i], _MM_FROUND_TO_NEAREST_INT); }
+#undef POLYPEFT_EACH
+inline F16 scale2(F16 a, F16 n) {
+  F16 r;
+  for (int i = 0; i < 2; ++i) {
+    __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v[i]), 23);
+    r.v[i] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v[i]), bits));
+  }
+  return r;
+}
+
+struct Table16 {
+  __m256 low, high;
+  explicit Table16(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+  __m256 at(__m256i ids) const {  // three bits choose within a half, the fourth the half
+    __m256 in_low = _mm256_permutevar8x32_ps(low, ids);
+    __m256 in_high = _mm256_permutevar8x32_ps(high, ids);
+    return _mm256_blendv_ps(in_low, in_high, _mm256_castsi256_ps(_mm256_slli_epi32(ids, 28)));
+  }
+  void look_up(const uint8_t* p, F16& low_values, F16& high_values) const {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    __m256i ids[2] = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+    for (int i = 0; i < 2; ++i) {
+      low_values.v[i] = at(ids[i]);
+      high_values.v[i] = at(_mm256_srli_epi32(ids[i], 4));
+    }
+  }
+};
+
+#else
+
+typedef float F4 __attribute__((vector_size(16)));
+
+struct F16 {
+  F4 v[4];
+
+  static F16 set1(float x) {
+    F4 q = {x, x, x, x};
+    return {{q, q, q, q}};
+  }
+  static F16 zero() { return set1(0.f); }
+  static F16 load(const float* p) {
+    F16 r;
+    std::memcpy(&r, p, sizeof(r));
+    return r;
+  }
+  template <class T>
+  static F16 load(const T* p) {
+    float full[kLanes];
+    for (int i = 0; i < kLanes; ++i) full[i] = static_cast<float>(p[i]);
+    return load(full);
+  }
+  static F16 load_n(const float* p, int n) {
+    float full[kLanes] = {};
+    std::memcpy(full, p, sizeof(float) * n);
+    return load(full);
+  }
+  void store(float* p) const { std::memcpy(p, this, sizeof(*this)); }
+  template <class T>
+  void store(T* p) const {
+    float full[kLanes];
+    store(full);
+    for (int i = 0; i < kLanes; ++i) p[i] = full[i];
+  }
+  void store_n(float* p, int n) const { std::memcpy(p, this, sizeof(float) * n); }
+};
+
+template <class Op>
+inline F16 each(F16 a, F16 b, Op op) {
+  F16 r;
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) r.v[i][j] = op(a.v[i][j], b.v[i][j]);
+  return r;
+}
+#define POLYPEFT_EACH(expression) F16 r; for (int i = 0; i < 4; ++i) r.v[i] = expression; return r
+inline F16 operator+(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] + b.v[i]); }
+inline F16 operator-(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] - b.v[i]); }
+inline F16 operator*(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] * b.v[i]); }
+inline F16 operator/(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] / b.v[i]); }
+inline F16 fma(F16 a, F16 b, F16 c) { POLYPEFT_EACH(a.v[i] * b.v[i] + c.v[i]); }
+#undef POLYPEFT_EACH
+inline F16 max(F16 a, F16 b) {
+  return each(a, b, [](float x, float y) { return x > y ? x : y; });
+}
+inline F16 min(F16 a, F16 b) {
+  return each(a, b, [](float x, float y) { return x < y ? x : y; });
+}
+inline F16 round(F16 a) {
+  return each(a, a, [](float x, float) { return std::nearbyintf(x); });
+}
+inline F16 scale2(F16 a, F16 n) {
+  return each(a, n, [](float x, float e) { return std::ldexp(x, static_cast<int>(e)); });
+}
+
+struct Table16 {
+  float v[16];
+  explicit Table16(const float* p) { std::memcpy(v, p, sizeof(v)); }
+  void look_up(const uint8_t* p, F16& low, F16& high) const {
+    float a[kLanes], b[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      a[i] = v[p[i] & 15];
+      b[i] = v[p[i] >> 4];
+    }
+    low = F16::load(a);
+    high = F16::load(b);
+  }
+};
+
+#endif
+
+// One order for every machine: halves, quarters, pairs.
+inline float sum(F16 a) {
+  alignas(64) float x[kLanes];
+  a.store(x);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+inline float max_lane(F16 a) {
+  alignas(64) float x[kLanes];
+  a.store(x);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+
+// Lanes [from, to) of a, `fill` in the others.
+inline F16 keep(F16 a, int from, int to, float fill) {
+#if defined(__AVX512F__)
+  const uint32_t kept = ((1u << to) - 1) & ~((1u << from) - 1);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(kept), a.v)};
+#else
+  alignas(64) float x[kLanes];
+  a.store(x);
+  for (int i = 0; i < kLanes; ++i)
+    if (i < from || i >= to) x[i] = fill;
+  return F16::load(x);
+#endif
+}
+
+template <class T>
+inline F16 load_n(const T* p, int n) {
+  float full[kLanes] = {};
+  for (int i = 0; i < n; ++i) full[i] = static_cast<float>(p[i]);
+  return F16::load(full);
+}
+inline F16 load_n(const float* p, int n) { return F16::load_n(p, n); }
+
+// e^x to about 2 ulp for x ≤ 88; 0 below −87. Range reduction by ln 2, then a polynomial of degree
+// 6 (the coefficients of Cephes' expf).
+inline F16 exp(F16 x) {
+  const F16 low = F16::set1(-87.f);
+  F16 bounded = min(max(x, low), F16::set1(88.f));
+  F16 n = round(bounded * F16::set1(1.44269504088896341f));
+  F16 r = fma(n, F16::set1(-0.693359375f), bounded);
+  r = fma(n, F16::set1(2.12194440e-4f), r);
+  F16 p = F16::set1(1.9875691500e-4f);
+  p = fma(p, r, F16::set1(1.3981999507e-3f));
+  p = fma(p, r, F16::set1(8.3334519073e-3f));
+  p = fma(p, r, F16::set1(4.1665795894e-2f));
+  p = fma(p, r, F16::set1(1.6666665459e-1f));
+  p = fma(p, r, F16::set1(5.0000001201e-1f));
+  p = fma(p, r * r, r + F16::set1(1.f));
+  p = scale2(p, n);
+#if defined(__AVX512F__)
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, low.v, _CMP_NLT_UQ), p.v)};
+#else
+  alignas(64) float from[kLanes], to[kLanes];
+  x.store(from);
+  p.store(to);
+  for (int i = 0; i < kLanes; ++i)
+    if (from[i] < -87.f) to[i] = 0.f;
+  return F16::load(to);
+#endif
+}
+
+}  // namespace polypeft

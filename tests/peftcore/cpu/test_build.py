@@ -1,0 +1,75 @@
+"""Other instruction sets compute the same; without a compiler torch computes in their place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftcore.ops.cpu.build import CAPABILITY_VARIABLE
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[2]
+
+#: Without kernels: why, and a quantized layer's result next to its own dequantized weight's.
+ASK = """
+import torch
+from peftcore.ops.cpu import kernels, kernels_status
+from peftcore.quant import QuantLinear
+assert kernels() is None
+assert kernels() is None
+for quantization in ("nf4", "int8"):
+    layer = QuantLinear(torch.randn(40, 64), torch.randn(40), quantization)
+    assert not layer.packed
+    x = torch.randn(3, 64)
+    expected = x @ layer.dequantize().T + layer.bias
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+print(kernels_status())
+"""
+
+
+def python(*arguments: str, seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, timeout=seconds,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_an_unknown_capability() -> None:
+    done = python("-c", ASK, seconds=100, **{CAPABILITY_VARIABLE: "MMX"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        f"torch: {CAPABILITY_VARIABLE}=MMX: expected one of AVX512, AVX2, PORTABLE"
+    )
+    assert "torch computes in the kernels' place" in done.stderr
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    """Nothing is left behind that a later start would take for kernels."""
+    done = python(
+        "-c", ASK, seconds=100, PATH=str(tmp_path / "bin"), CXX="/nonexistent",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch: the CPU kernels cannot be compiled: ")
+    assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.rglob("*.so")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["AVX2", "PORTABLE"])
+def test_another_capability(capability: str) -> None:
+    """All tests of this folder; the first time this compiles for a minute."""
+    if capability == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no AVX2")
+    files = [str(p) for p in sorted(FOLDER.glob("test_*.py")) if p.name != Path(__file__).name]
+    done = python(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files,
+        seconds=900, **{CAPABILITY_VARIABLE: capability},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
