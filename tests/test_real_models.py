@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftcore.sources.resolve import resolve_model
 from server.runtime import Runtime
@@ -135,6 +136,7 @@ def run_mixed(
     errors = {}
     for seq, parts in sequences:
         oracle = tiny.PeftOracle(oracle_base, [(paths[name], weight) for name, weight in parts])
+        oracle.model.to(oracle_base.dtype)
         errors[seq.key[0]] = compare(recorder, seq, oracle)
     runtime.check_integrity()
     print({name: f"{error:.1e}" for name, error in errors.items()})
@@ -154,13 +156,24 @@ def test_every_method_equals_peft(spec: str | None, tmp_path: Path) -> None:
         assert error <= (2e-4 if "long" in name or name in loose else 1e-4), errors
 
 
+def exact_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    """LlamaRMSNorm in x's own dtype: transformers' rounds to float32 in between."""
+    variance = x.pow(2).mean(-1, keepdim=True)
+    return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon))
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_every_method_equals_peft_on_the_dequantized_base(
-    quantization: str, tmp_path: Path
+    quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy tokens equal (compare asserts it); logits to what float32 sums in another order."""
+    """Greedy tokens equal (compare asserts it); logits to what float32 loses.
+
+    peft computes in float64 here: over nf4 its own float32 is off by 3e-4 where a random prompt
+    conditions the model badly, and two such errors add up.
+    """
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     model, folder = load(None)
-    seen = seen_dequantized(model, quantization)
+    seen = seen_dequantized(model, quantization).double()
     with serving(model, folder, tmp_path, quantization) as (runtime, paths):
         errors = run_mixed(runtime, paths, seen, folder)
     assert max(errors.values()) <= 5e-4, errors
