@@ -19,8 +19,6 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-
 from peftcore.arena import AdapterArena
 from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
 from server.engine.scheduler import Residency
@@ -343,10 +341,13 @@ class AdapterCache:
 
 
 def yield_to_engine() -> None:
-    """Thread initializer: work beside the engine must not take the cores from its steps."""
+    """Thread initializer: work beside the engine must not take the cores from its steps.
+
+    Threads that this one starts inherit its priority, torch's too. `torch.set_num_threads` would
+    be no means to the end: what one thread sets, those that compute for the first time later take.
+    """
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    torch.set_num_threads(1)
 
 
 __all__ = ["AdapterCache", "CacheStats", "HostCache"]
