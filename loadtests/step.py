@@ -132,6 +132,7 @@ def table(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, object] = {
         "quantization": args.quantization,
+        "activations": args.activations,
         "num_threads": args.threads,
         "max_num_seqs": max(args.streams, 1),
     }
@@ -207,6 +208,10 @@ def main() -> None:
     )
     parser.add_argument("--model", help="as polypeft-serve's; the default model by default")
     parser.add_argument("--quantization", choices=("int8", "nf4", "none"), default="int8")
+    parser.add_argument(
+        "--activations", choices=("auto", "float", "int16", "int8"), default="auto",
+        help="as polypeft-serve's",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument(

@@ -10,8 +10,9 @@ import torch
 from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
-from peftcore.ops.cpu import kernels_status
+from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import PackedAdapter
+from peftcore.quant import Activations
 from peftcore.sources.resolve import resolve_model
 from server.adapters.admission import load_packed
 from server.adapters.cache import AdapterCache, HostCache
@@ -48,7 +49,8 @@ def build_runtime(settings: Settings) -> Runtime:
         torch.set_num_threads(settings.num_threads)
     folder = resolve_model(settings.model)
     logger.info("base model %s from %s", folder.name, folder.path)
-    loaded = load_model(folder.path, settings.quantization, device)
+    activations = _activations(settings, device)
+    loaded = load_model(folder.path, settings.quantization, device, activations)
     tokenizer = Tokenizer.from_folder(folder.path)
     return assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
 
@@ -59,6 +61,20 @@ def _device(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("--device cuda: torch finds no CUDA device")
     return torch.device(settings.device)
+
+
+def _activations(settings: Settings, device: torch.device) -> Activations | None:
+    asked = settings.activations
+    if asked == "auto":
+        return None
+    if asked != "float" and (
+        device.type != "cpu" or settings.quantization == "none" or kernels() is None
+    ):
+        raise SetupError(
+            f"--activations {asked}: needs a quantized base and the CPU kernels, here are "
+            f"{settings.quantization} and {kernels_status() if device.type == 'cpu' else device}"
+        )
+    return asked
 
 
 def assemble(
@@ -137,6 +153,7 @@ def assemble(
         facts={
             "model": base_name,
             "quantization": loaded.quantization,
+            "activations": loaded.activations,
             "device": str(loaded.device),
             "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
             "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -44,6 +44,11 @@ class Settings(BaseSettings):
     quantization: Literal["nf4", "int8", "none"] = Field(
         "int8", description="how the base model's linear layers are kept"
     )
+    activations: Literal["auto", "float", "int16", "int8"] = Field(
+        "auto",
+        description="what a quantized layer's inputs are rounded to, row by row; auto: int16 where "
+        "the CPU multiplies that faster",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     num_threads: int | None = Field(
         None, gt=0, description="threads that compute on a CPU; by default one a core"

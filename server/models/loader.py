@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from peftcore.base import BaseModel
 from peftcore.layers import AdapterHost, attach
 from peftcore.ops.cpu import kernels
-from peftcore.quant import Quantization, quantize_model
+from peftcore.quant import (
+    Activations,
+    Quantization,
+    fast_activations,
+    quantize_model,
+    round_activations,
+)
 from server.models.attention import NAME
 from server.models.fused import fuse, unfuse
 from server.models.probe import (
@@ -42,25 +48,37 @@ class LoadedModel:
     base: BaseModel
     host: AdapterHost
     quantization: Quantization
+    activations: Activations
     dtype: torch.dtype
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_position_embeddings: int
 
 
-def load_model(folder: Path, quantization: Quantization, device: torch.device) -> LoadedModel:
+def load_model(
+    folder: Path,
+    quantization: Quantization,
+    device: torch.device,
+    activations: Activations | None = None,
+) -> LoadedModel:
     """Load a causal language model from a local folder.
+
+    Args:
+        activations: of quantized layers; None chooses what is fast.
 
     Raises:
         UnservableModel: the paged attention does not serve this architecture right.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return prepare_model(model, quantization, device)
+    return prepare_model(model, quantization, device, activations)
 
 
 def prepare_model(
-    model: PreTrainedModel, quantization: Quantization, device: torch.device
+    model: PreTrainedModel,
+    quantization: Quantization,
+    device: torch.device,
+    activations: Activations | None = None,
 ) -> LoadedModel:
     """Make a model in memory ready to serve; changes it in place. Raises as `load_model`."""
     check_config(model)
@@ -71,6 +89,9 @@ def prepare_model(
     calls = observe(model)
     kv_shapes = [call.kv_shape for call in calls]
     _make_faster(model, calls)
+    on_codes = quantization != "none" and device.type == "cpu"
+    chosen = (activations or fast_activations()) if on_codes else "float"
+    round_activations(model, chosen)  # last: rounding would hide from the probe what it looks for
     base = BaseModel.from_model(model, kv_shapes)
     host = attach(model, base)
     config = model.config.get_text_config()
@@ -79,6 +100,7 @@ def prepare_model(
         base=base,
         host=host,
         quantization=quantization,
+        activations=chosen,
         dtype=next(model.parameters()).dtype,
         device=device,
         eos_token_ids=_eos_token_ids(model),

@@ -18,8 +18,12 @@ using namespace polypeft;
 namespace {
 
 constexpr const char* kCapability =
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
+    "AVX512_VNNI";
+#elif defined(__AVX512F__)
     "AVX512";
+#elif defined(__AVXVNNI__)
+    "AVX2_VNNI";
 #elif defined(__AVX2__)
     "AVX2";
 #elif defined(__ARM_NEON)
@@ -55,7 +59,8 @@ struct PyWeight : Weight {
   Tensor codes_, scales_;
   std::optional<Tensor> bias_;
 
-  PyWeight(Tensor codes, Tensor scales, std::optional<Tensor> bias, int64_t out, int64_t in)
+  PyWeight(Tensor codes, Tensor scales, std::optional<Tensor> bias, int64_t out, int64_t in,
+           int activation_bits)
       : codes_(std::move(codes)), scales_(std::move(scales)), bias_(std::move(bias)) {
     nf4 = codes_.scalar_type() == at::kByte;
     check(codes_, "codes", nf4 ? at::kByte : at::kChar);
@@ -64,13 +69,17 @@ struct PyWeight : Weight {
     this->in = in;
     TORCH_CHECK_VALUE(out > 0 && in > 0, "a weight of [", out, ", ", in, "]");
     const int64_t tiles = num_tiles();
-    TORCH_CHECK_VALUE(codes_.numel() == tiles * (nf4 ? in / 2 : in) * 16 && (!nf4 || in % 2 == 0),
+    TORCH_CHECK_VALUE(codes_.numel() == tiles * (nf4 ? in / 8 : (in + 3) / 4) * 64 &&
+                          (!nf4 || in % 8 == 0),
                       "codes: ", codes_.sizes(), " is not a packed [", out, ", ", in, "]");
+    TORCH_CHECK_VALUE(activation_bits == 0 || activation_bits == 8 || activation_bits == 16,
+                      "activation_bits: ", activation_bits, " is not 0, 8 or 16");
+    this->activation_bits = activation_bits;
     group = in;
     if (nf4) {
       const int64_t groups = scales_.numel() / (tiles * 16);
       TORCH_CHECK_VALUE(groups > 0 && groups * tiles * 16 == scales_.numel() && in % groups == 0 &&
-                            in / groups % 2 == 0,
+                            in / groups % 8 == 0,
                         "scales: ", scales_.sizes(), " does not go with the codes");
       group = in / groups;
     } else {
@@ -336,8 +345,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.attr("CAPABILITY") = kCapability;
   py::class_<PyWeight, std::shared_ptr<PyWeight>>(m, "Weight")
-      .def(py::init<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t>(), py::arg("codes"),
-           py::arg("scales"), py::arg("bias"), py::arg("out"), py::arg("in_"));
+      .def(py::init<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int>(),
+           py::arg("codes"), py::arg("scales"), py::arg("bias"), py::arg("out"), py::arg("in_"),
+           py::arg("activation_bits") = 0);
   py::class_<PyAdapter, std::shared_ptr<PyAdapter>>(m, "Adapter")
       .def(py::init<>())
       .def("set", &PyAdapter::set, py::arg("id"), py::arg("in_"), py::arg("out"), py::kw_only(),

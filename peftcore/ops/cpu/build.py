@@ -23,18 +23,30 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _NAME = "polypeft_kernels"
-_SOURCES = ("bindings.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp")
-#: Chooses the instructions: AVX512, AVX2 or PORTABLE; by default the best that torch finds.
+_SOURCES = (
+    "bindings.cpp",
+    "linear.cpp",
+    "adapters.cpp",
+    "matmul_float.cpp",
+    "matmul_integer.cpp",
+    "attention.cpp",
+    "elementwise.cpp",
+)
+#: Chooses the instructions, a key of the flags; by default the best that torch finds.
 CAPABILITY_VARIABLE = "POLYPEFT_CPU_CAPABILITY"
 #: Fused multiply-adds only where a kernel says so: the same sums whatever the compiler inlines.
 #: OpenMP at compile time only: the runtime is the one that torch has loaded, never a second.
 _COMMON = ("-O3", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=off")
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    *("-mprefer-vector-width=512", "-ffp-contract=off"),
+)
 _FLAGS = {
-    "AVX512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-        *("-mprefer-vector-width=512", "-ffp-contract=off"),
-    ),
-    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
+    "AVX512_VNNI": (*_AVX512, "-mavx512vnni"),
+    "AVX512": _AVX512,
+    "AVX2_VNNI": (*_AVX2, "-mavxvnni"),
+    "AVX2": _AVX2,
     "PORTABLE": (),
 }
 
@@ -57,6 +69,9 @@ def capability() -> str:
             )
         return asked
     found = torch.backends.cpu.get_cpu_capability()
+    has = torch.cpu.get_capabilities()
+    if has.get({"AVX512": "avx512_vnni", "AVX2": "avx_vnni"}.get(found, "")):
+        found += "_VNNI"
     return found if found in _FLAGS else "PORTABLE"
 
 
@@ -119,7 +134,7 @@ def _build(folder: Path, flags: tuple[str, ...]) -> None:
 def _reason(error: Exception) -> str:
     """The compiler's first complaint out of its pages."""
     lines = str(error).splitlines()
-    return next((line for line in lines if "error" in line.lower() and ":" in line), lines[0])
+    return next((line for line in lines if " error: " in line), lines[0])
 
 
 def _import(library: Path) -> ModuleType:

@@ -1,7 +1,8 @@
-// Tasks over at::parallel_for's threads, handed out one by one.
+// Tasks over at::parallel_for's threads.
 //
-// A fixed split waits for whichever thread the operating system has put aside; here the others
-// take its share. Which thread computes a task never changes the result.
+// Each thread has a range of its own, in which one task's memory follows another's; who has done his
+// takes what is left of the others', for a fixed split would wait for whichever thread the operating
+// system has put aside. Which thread computes a task never changes the result.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,10 +23,21 @@ void for_each_task(int64_t count, bool parallel, const Task& task) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    ranges[t].next = count * t / threads;
+    ranges[t].end = count * (t + 1) / threads;
+  }
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      for (int64_t i = next++; i < count; i = next++) task(i);
+      for (int64_t k = 0; k < threads; ++k) {
+        Range& range = ranges[(t + k) % threads];
+        for (int64_t i = range.next++; i < range.end; i = range.next++) task(i);
+      }
   });
 }
 

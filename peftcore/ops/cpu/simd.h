@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -22,6 +23,28 @@ using Half = c10::Half;
 using BFloat16 = c10::BFloat16;
 
 constexpr int kLanes = 16;
+constexpr int kQuadBytes = 64;  // four of each lane
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// Ask for the cache line at p, to be read soon. Any address will do.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void fetch(const void* p, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) fetch(static_cast<const char*>(p) + at);
+}
+
+#define POLYPEFT_INLINE __attribute__((always_inline))
+
+// f(Int<0>()), … f(Int<N - 1>()): arrays indexed by these stay in registers, where the compiler
+// unrolls a loop too late for that.
+template <int N, int I = 0, class F>
+POLYPEFT_INLINE inline void unrolled(const F& f) {
+  if constexpr (I < N) {
+    f(Int<I>());
+    unrolled<N, I + 1>(f);
+  }
+}
 
 #if defined(__AVX512F__)
 
@@ -38,9 +61,11 @@ struct F16 {
     __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  static F16 load(const int8_t* p) {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+  // Byte J of each lane's four, signed.
+  template <int J>
+  static F16 byte(const int8_t* p) {
+    __m512i quads = _mm512_loadu_si512(p);
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 24 - 8 * J), 24))};
   }
   static F16 load_n(const float* p, int n) {
     return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
@@ -60,6 +85,9 @@ struct F16 {
   void store_n(float* p, int n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
+  void store(int8_t* p) const {  // whole numbers from -128 to 127
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
 };
 
 inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -75,14 +103,13 @@ inline F16 round(F16 a) {
 // a · 2^n for whole n.
 inline F16 scale2(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
-// Of sixteen bytes: the table's values at the low nibbles, and at the high ones.
+// The table's values at nibble N of sixteen 32-bit words.
 struct Table16 {
   __m512 v;
   explicit Table16(const float* p) : v(_mm512_loadu_ps(p)) {}
-  void look_up(const uint8_t* p, F16& low, F16& high) const {
-    __m512i ids = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    low.v = _mm512_permutexvar_ps(ids, v);  // reads four bits of each index
-    high.v = _mm512_permutexvar_ps(_mm512_srli_epi32(ids, 4), v);
+  template <int N>
+  F16 at(const uint8_t* p) const {  // the permutation reads four bits of each index
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 4 * N), v)};
   }
 };
 
@@ -105,10 +132,13 @@ struct F16 {
     };
     return {{widen(_mm_loadu_si128(at)), widen(_mm_loadu_si128(at + 1))}};
   }
-  static F16 load(const int8_t* p) {
-    __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
-             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))}};
+  template <int J>
+  static F16 byte(const int8_t* p) {
+    auto at = reinterpret_cast<const __m256i*>(p);
+    auto widen = [](__m256i quads) {
+      return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24 - 8 * J), 24));
+    };
+    return {{widen(_mm256_loadu_si256(at)), widen(_mm256_loadu_si256(at + 1))}};
   }
   static F16 load_n(const float* p, int n) {
     alignas(32) float full[kLanes] = {};
@@ -134,6 +164,13 @@ struct F16 {
     store(full);
     std::memcpy(p, full, sizeof(float) * n);
   }
+  void store(int8_t* p) const {
+    __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    pairs = _mm256_permute4x64_epi64(pairs, 0b11011000);  // packs work within halves
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs),
+                                    _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
 };
 
 #define POLYPEFT_EACH(op, ...) F16 r; for (int i = 0; i < 2; ++i) r.v[i] = op(__VA_ARGS__); return r
@@ -158,18 +195,16 @@ inline F16 scale2(F16 a, F16 n) {
 struct Table16 {
   __m256 low, high;
   explicit Table16(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
-  __m256 at(__m256i ids) const {  // three bits choose within a half, the fourth the half
+  __m256 look_up(__m256i ids) const {  // three bits choose within a half, the fourth the half
     __m256 in_low = _mm256_permutevar8x32_ps(low, ids);
     __m256 in_high = _mm256_permutevar8x32_ps(high, ids);
     return _mm256_blendv_ps(in_low, in_high, _mm256_castsi256_ps(_mm256_slli_epi32(ids, 28)));
   }
-  void look_up(const uint8_t* p, F16& low_values, F16& high_values) const {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    __m256i ids[2] = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
-    for (int i = 0; i < 2; ++i) {
-      low_values.v[i] = at(ids[i]);
-      high_values.v[i] = at(_mm256_srli_epi32(ids[i], 4));
-    }
+  template <int N>
+  F16 at(const uint8_t* p) const {
+    auto words = reinterpret_cast<const __m256i*>(p);
+    return {{look_up(_mm256_srli_epi32(_mm256_loadu_si256(words), 4 * N)),
+             look_up(_mm256_srli_epi32(_mm256_loadu_si256(words + 1), 4 * N))}};
   }
 };
 
@@ -199,6 +234,12 @@ struct F16 {
   static F16 load_n(const float* p, int n) {
     float full[kLanes] = {};
     std::memcpy(full, p, sizeof(float) * n);
+    return load(full);
+  }
+  template <int J>
+  static F16 byte(const int8_t* p) {
+    float full[kLanes];
+    for (int i = 0; i < kLanes; ++i) full[i] = p[4 * i + J];
     return load(full);
   }
   void store(float* p) const { std::memcpy(p, this, sizeof(*this)); }
@@ -241,20 +282,21 @@ inline F16 scale2(F16 a, F16 n) {
 struct Table16 {
   float v[16];
   explicit Table16(const float* p) { std::memcpy(v, p, sizeof(v)); }
-  void look_up(const uint8_t* p, F16& low, F16& high) const {
-    float a[kLanes], b[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      a[i] = v[p[i] & 15];
-      b[i] = v[p[i] >> 4];
-    }
-    low = F16::load(a);
-    high = F16::load(b);
+  template <int N>
+  F16 at(const uint8_t* p) const {
+    float found[kLanes];
+    for (int i = 0; i < kLanes; ++i) found[i] = v[p[4 * i + N / 2] >> (N % 2 * 4) & 15];
+    return F16::load(found);
   }
 };
 
 #endif
 
 // One order for every machine: halves, quarters, pairs.
+#if defined(__AVX512F__)
+inline float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float max_lane(F16 a) { return _mm512_reduce_max_ps(a.v); }
+#else
 inline float sum(F16 a) {
   alignas(64) float x[kLanes];
   a.store(x);
@@ -269,6 +311,7 @@ inline float max_lane(F16 a) {
     for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
   return x[0];
 }
+#endif
 
 // Lanes [from, to) of a, `fill` in the others.
 inline F16 keep(F16 a, int from, int to, float fill) {
@@ -319,5 +362,177 @@ inline F16 exp(F16 x) {
   return F16::load(to);
 #endif
 }
+
+// -- dot products of bytes -------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+
+// Sixteen whole numbers of 32 bits.
+struct I16 {
+  __m512i v;
+  static I16 zero() { return {_mm512_setzero_si512()}; }
+  static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+};
+inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I16 times256(I16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
+inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// Four signed bytes in each of sixteen lanes, kept with 128 added to them.
+struct Quads {
+  __m512i v;
+  static Quads biased(const int8_t* p) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+  }
+  static Quads load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
+};
+
+// a + Σ (quad's bytes + 128) · the four signed bytes in each lane of x.
+// As assembler because GCC 12 copies the sums of its intrinsic back and forth.
+inline I16 dot(I16 a, Quads quads, I16 x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(quads.v), "v"(x.v));
+  return a;
+}
+
+// Of 64 bytes: the table's values at the low nibbles, and at the high ones.
+struct NibbleTable {
+  __m512i v;
+  explicit NibbleTable(const int8_t* p) {
+    __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    v = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(-128)));
+  }
+  void look_up(const uint8_t* p, Quads& low, Quads& high) const {
+    const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    low.v = _mm512_shuffle_epi8(v, _mm512_and_si512(bytes, mask));
+    high.v = _mm512_shuffle_epi8(v, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask));
+  }
+};
+
+#elif defined(__AVXVNNI__)
+
+struct I16 {
+  __m256i v[2];
+  static I16 zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static I16 set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+};
+inline I16 operator+(I16 a, I16 b) {
+  return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}};
+}
+inline I16 operator-(I16 a, I16 b) {
+  return {{_mm256_sub_epi32(a.v[0], b.v[0]), _mm256_sub_epi32(a.v[1], b.v[1])}};
+}
+inline I16 times256(I16 a) {
+  return {{_mm256_slli_epi32(a.v[0], 8), _mm256_slli_epi32(a.v[1], 8)}};
+}
+inline F16 to_float(I16 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+
+struct Quads {
+  __m256i v[2];
+  static Quads load(const uint8_t* p) {
+    auto at = reinterpret_cast<const __m256i*>(p);
+    return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
+  }
+  static Quads biased(const int8_t* p) {
+    const __m256i bias = _mm256_set1_epi8(-128);
+    Quads q = load(reinterpret_cast<const uint8_t*>(p));
+    return {{_mm256_xor_si256(q.v[0], bias), _mm256_xor_si256(q.v[1], bias)}};
+  }
+  void store(uint8_t* p) const {
+    auto at = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(at, v[0]);
+    _mm256_storeu_si256(at + 1, v[1]);
+  }
+};
+inline I16 dot(I16 a, Quads quads, I16 x) {
+  return {{_mm256_dpbusd_avx_epi32(a.v[0], quads.v[0], x.v[0]),
+           _mm256_dpbusd_avx_epi32(a.v[1], quads.v[1], x.v[1])}};
+}
+
+struct NibbleTable {
+  __m256i v;
+  explicit NibbleTable(const int8_t* p) {
+    __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    v = _mm256_broadcastsi128_si256(_mm_xor_si128(values, _mm_set1_epi8(-128)));
+  }
+  void look_up(const uint8_t* p, Quads& low, Quads& high) const {
+    const Quads bytes = Quads::load(p);
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < 2; ++i) {
+      low.v[i] = _mm256_shuffle_epi8(v, _mm256_and_si256(bytes.v[i], mask));
+      high.v[i] =
+          _mm256_shuffle_epi8(v, _mm256_and_si256(_mm256_srli_epi16(bytes.v[i], 4), mask));
+    }
+  }
+};
+
+#else
+
+struct I16 {
+  int32_t v[kLanes];
+  static I16 set1(int32_t x) {
+    I16 r;
+    for (int32_t& lane : r.v) lane = x;
+    return r;
+  }
+  static I16 zero() { return set1(0); }
+};
+template <class Op>
+inline I16 each(I16 a, I16 b, Op op) {
+  I16 r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = op(a.v[i], b.v[i]);
+  return r;
+}
+inline I16 operator+(I16 a, I16 b) {
+  return each(a, b, [](int32_t x, int32_t y) { return x + y; });
+}
+inline I16 operator-(I16 a, I16 b) {
+  return each(a, b, [](int32_t x, int32_t y) { return x - y; });
+}
+inline I16 times256(I16 a) {
+  return each(a, a, [](int32_t x, int32_t) { return x * 256; });
+}
+inline F16 to_float(I16 a) {
+  float full[kLanes];
+  for (int i = 0; i < kLanes; ++i) full[i] = static_cast<float>(a.v[i]);
+  return F16::load(full);
+}
+
+struct Quads {
+  uint8_t v[kQuadBytes];
+  static Quads load(const uint8_t* p) {
+    Quads r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
+  static Quads biased(const int8_t* p) {
+    Quads r;
+    for (int i = 0; i < kQuadBytes; ++i) r.v[i] = static_cast<uint8_t>(p[i] + 128);
+    return r;
+  }
+  void store(uint8_t* p) const { std::memcpy(p, v, sizeof(v)); }
+};
+inline I16 dot(I16 a, Quads quads, I16 x) {
+  int8_t bytes[kQuadBytes];
+  std::memcpy(bytes, x.v, sizeof(bytes));
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) a.v[i] += quads.v[4 * i + j] * bytes[4 * i + j];
+  return a;
+}
+
+struct NibbleTable {
+  uint8_t v[16];
+  explicit NibbleTable(const int8_t* p) {
+    for (int i = 0; i < 16; ++i) v[i] = static_cast<uint8_t>(p[i] + 128);
+  }
+  void look_up(const uint8_t* p, Quads& low, Quads& high) const {
+    for (int i = 0; i < kQuadBytes; ++i) {
+      low.v[i] = v[p[i] & 15];
+      high.v[i] = v[p[i] >> 4];
+    }
+  }
+};
+
+#endif
 
 }  // namespace polypeft

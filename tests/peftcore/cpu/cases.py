@@ -54,9 +54,19 @@ class Base:
 
     @classmethod
     def make(
-        cls, quantization: str, out: int, in_: int, *, bias: bool = False, seed: int = 0
+        cls,
+        quantization: str,
+        out: int,
+        in_: int,
+        *,
+        bias: bool = False,
+        seed: int = 0,
+        activation_bits: int = 0,
     ) -> Base:
-        """Of random codes, with scales that differ much from one to the next."""
+        """Of random codes, with scales that differ much from one to the next.
+
+        Where inputs are rounded, `exact` has nf4's values rounded to 127ths, as the kernel does.
+        """
         g = generator(seed)
         b = torch.randn(out, generator=g) if bias else None
         if quantization == "int8":
@@ -70,9 +80,11 @@ class Base:
             high, low = ids[:, ::2], ids[:, 1::2]
             packed = pack_nf4((high << 4 | low).reshape(-1, 1), absmax, out, in_, BLOCK)
             table = bnb.functional.get_4bit_type("nf4", device="cpu").double()
+            if activation_bits:
+                table = (table * 127).round() / 127
             scales = absmax.double().repeat_interleave(BLOCK)[: out * in_]
             exact = table[ids.long()] * scales.view(out, in_)
-        return cls(kernels().Weight(*packed, b, out, in_), exact, b)
+        return cls(kernels().Weight(*packed, b, out, in_, activation_bits), exact, b)
 
     def multiply(self, x: Tensor) -> Tensor:
         """W x + b in float64."""

@@ -42,7 +42,8 @@ def test_an_unknown_capability() -> None:
     done = python("-c", ASK, seconds=100, **{CAPABILITY_VARIABLE: "MMX"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
-        f"torch: {CAPABILITY_VARIABLE}=MMX: expected one of AVX512, AVX2, PORTABLE"
+        f"torch: {CAPABILITY_VARIABLE}=MMX: expected one of "
+        "AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, PORTABLE"
     )
     assert "torch computes in the kernels' place" in done.stderr
 
@@ -61,11 +62,12 @@ def test_no_compiler(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["AVX2", "PORTABLE"])
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2_VNNI", "AVX2", "PORTABLE"])
 def test_another_capability(capability: str) -> None:
     """All tests of this folder; the first time this compiles for a minute."""
-    if capability == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this machine has no AVX2")
+    needed = {"AVX512": "avx512bw", "AVX2_VNNI": "avx_vnni", "AVX2": "avx2"}.get(capability, "")
+    if needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this machine has no {capability}")
     files = [str(p) for p in sorted(FOLDER.glob("test_*.py")) if p.name != Path(__file__).name]
     done = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files,

@@ -21,8 +21,13 @@ LONG = torch.long
 
 def int8(out: int = 20, in_: int = 8, bias: Tensor | None = None) -> Any:
     tiles = max(0, -(-out // 16))
-    codes = torch.zeros(tiles, max(in_, 0), 16, dtype=torch.int8)
+    codes = torch.zeros(tiles, max(-(-in_ // 4), 0), 16, 4, dtype=torch.int8)
     return kernels().Weight(codes, torch.ones(tiles, 16), bias, out, in_)
+
+
+def nf4(*scales: int, tiles: int = 2, out: int = 20, in_: int = 16) -> Any:
+    codes = torch.zeros(tiles, 2, 16, 4, dtype=torch.uint8)
+    return kernels().Weight(codes, torch.ones(scales), None, out, in_)
 
 
 def adapter(id_: int = 0, in_: int = 8, out: int = 20, **given: Any) -> Any:
@@ -42,37 +47,31 @@ def batch(made: Any, start: int = 0, end: int = 3) -> Any:
 X = torch.zeros(3, 8)
 
 WEIGHTS: dict[str, Call] = {
-    "float codes": lambda k: k.Weight(torch.zeros(2, 8, 16), torch.ones(2, 16), None, 20, 8),
+    "float codes": lambda k: k.Weight(torch.zeros(2, 2, 16, 4), torch.ones(2, 16), None, 20, 8),
     "codes of another size": lambda k: k.Weight(
-        torch.zeros(2, 7, 16, dtype=torch.int8), torch.ones(2, 16), None, 20, 8
+        torch.zeros(2, 3, 16, 4, dtype=torch.int8), torch.ones(2, 16), None, 20, 8
     ),
     "codes that lie apart": lambda k: k.Weight(
-        torch.zeros(2, 16, 8, dtype=torch.int8).transpose(1, 2), torch.ones(2, 16), None, 20, 8
+        torch.zeros(2, 2, 4, 16, dtype=torch.int8).transpose(2, 3), torch.ones(2, 16), None, 20, 8
     ),
     "half scales": lambda k: k.Weight(
-        torch.zeros(2, 8, 16, dtype=torch.int8), torch.ones(2, 16).half(), None, 20, 8
+        torch.zeros(2, 2, 16, 4, dtype=torch.int8), torch.ones(2, 16).half(), None, 20, 8
     ),
     "scales of one tile": lambda k: k.Weight(
-        torch.zeros(2, 8, 16, dtype=torch.int8), torch.ones(16), None, 20, 8
+        torch.zeros(2, 2, 16, 4, dtype=torch.int8), torch.ones(16), None, 20, 8
     ),
-    "nf4 of an odd size": lambda k: k.Weight(
-        torch.zeros(2, 4, 16, dtype=torch.uint8), torch.ones(2, 1, 16), None, 20, 9
+    "activations of twelve bits": lambda k: k.Weight(
+        torch.zeros(2, 2, 16, 4, dtype=torch.int8), torch.ones(2, 16), None, 20, 8, 12
     ),
-    "nf4 without scales": lambda k: k.Weight(
-        torch.zeros(2, 4, 16, dtype=torch.uint8), torch.ones(0), None, 20, 8
-    ),
-    "nf4 with scales of three groups": lambda k: k.Weight(
-        torch.zeros(2, 4, 16, dtype=torch.uint8), torch.ones(2, 3, 16), None, 20, 8
-    ),
-    "nf4 with a scale for each input": lambda k: k.Weight(
-        torch.zeros(2, 4, 16, dtype=torch.uint8), torch.ones(2, 8, 16), None, 20, 8
-    ),
+    "nf4 of an odd size": lambda k: nf4(2, 1, 16, in_=17),
+    "nf4 of half an eight": lambda k: nf4(2, 1, 16, in_=20),
+    "nf4 without scales": lambda k: nf4(0),
+    "nf4 with scales of three groups": lambda k: nf4(2, 3, 16),
+    "nf4 with a scale for four inputs": lambda k: nf4(2, 4, 16),
     "a bias of another size": lambda k: int8(bias=torch.zeros(19)),
     "a double bias": lambda k: int8(bias=torch.zeros(20).double()),
     "no outputs": lambda k: int8(out=0),
-    "no outputs of nf4": lambda k: k.Weight(
-        torch.zeros(0, 4, 16, dtype=torch.uint8), torch.ones(0), None, 0, 8
-    ),
+    "no outputs of nf4": lambda k: nf4(0, tiles=0, out=0),
     "no inputs": lambda k: int8(in_=0),
     "negative outputs": lambda k: int8(out=-5),
     "negative inputs": lambda k: int8(in_=-8),
@@ -321,8 +320,11 @@ def test_what_the_cases_begin_with_fits(ops: Any) -> None:
     ops.unpack_(int8(), 0, 20, True, torch.zeros(8, 20))
     ops.rms_norm(X, torch.ones(8), 0.0, 1e-6)
     ops.gate_(X.clone(), X, "silu")
-    for scales in (torch.ones(2, 1, 16), torch.ones(2, 4, 16)):
-        ops.Weight(torch.zeros(2, 4, 16, dtype=torch.uint8), scales, None, 20, 8)
+    nf4(2, 1, 16)
+    nf4(2, 2, 16)
+    codes = torch.zeros(2, 2, 16, 4, dtype=torch.int8)
+    for bits in (0, 8, 16):
+        ops.Weight(codes, torch.ones(2, 16), None, 20, 8, bits)
     assert attention().shape == (1, 3, 4, 8)
     attention(
         cos=torch.zeros(3, 12), sin=torch.zeros(3, 12), window=1, softcap=1.0, sinks=torch.zeros(4)

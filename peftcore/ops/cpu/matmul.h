@@ -1,0 +1,43 @@
+// W x + b by one thread: some tiles of a weight and a block of rows; in floats or in integers.
+//
+// Each output of a row is summed over the inputs in one order, whatever rows stand beside it.
+#pragma once
+
+#include <cstdint>
+
+#include "weight.h"
+
+namespace polypeft {
+
+// Do so many rows, all a launch has, go through `multiply_float` transposed?
+bool is_tall(int64_t rows);
+
+// W x + b for the tiles [tile, end) into y [rows][out]. x: [rows][in], or [in][rows] where `tall`.
+// ahead: how many tiles further on this thread will likely go on.
+void multiply_float(const float* x, int64_t rows, bool tall, const Weight& weight, int64_t tile,
+                    int64_t end, int64_t ahead, float* y);
+
+// Rows rounded to whole numbers of `bits`: x ≈ step · code, a step for each `group` inputs.
+struct Rounded {
+  int bits;                // 8, or 16 as two bytes: code = 256 · high + low
+  int64_t group, groups;   // inputs of a step; steps of a row
+  int64_t stride;          // bytes of a row's codes
+  int8_t* low;             // [rows][stride], zeros after the last input
+  int8_t* high;            // the same; unused where bits is 8
+  float* steps;            // [rows][groups]; NaN where an input was not finite
+  int32_t* corrections;    // [rows][groups], 128 · the sum of a group's codes
+};
+
+// How rows for this weight are rounded, in `memory` of `rounded_bytes`, aligned to 64.
+Rounded lay_out(const Weight& weight, int64_t rows, char* memory);
+int64_t rounded_bytes(const Weight& weight, int64_t rows);
+
+// Rounds the rows [from, to) of x, [rows][in], to the nearest.
+void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Rounded& rounded);
+
+// W x + b from the rows [row, row + rows), as `multiply_float`. An nf4 weight's table is rounded to
+// eight bits. y: of the first row.
+void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& weight,
+                      int64_t tile, int64_t end, int64_t ahead, float* y);
+
+}  // namespace polypeft

@@ -1,0 +1,138 @@
+// How the matmuls read a weight's tiles: as floats, or as integers for a dot product of bytes.
+#pragma once
+
+#include "simd.h"
+#include "weight.h"
+
+#include <algorithm>
+
+namespace polypeft {
+
+// QLoRA's sixteen values (arXiv:2305.14314), as bitsandbytes has them.
+constexpr float kNf4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// The same times 127, rounded.
+constexpr int8_t kNf4Rounded[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
+                                    10, 20, 31, 43, 56, 71, 92, 127};
+
+// `step` calls `use(k, w)` for inputs [from, to) in order, w the weights of NT tiles from `tile` as
+// floats, an int8 weight's without its scale. `quads` calls `use(q, w)` for inputs 4q to 4q + 3 of
+// [from, to), w as integers: an nf4 weight's without its scale and times 127. `from` is a multiple
+// of eight. Both ask for the codes that lie `ahead` tiles further on, so that memory works while
+// they are multiplied.
+
+struct Int8Tiles {
+  const int8_t* codes;
+  int64_t in, ahead;
+
+  Int8Tiles(const Weight& w, int64_t ahead)
+      : codes(static_cast<const int8_t*>(w.codes)), in(w.in), ahead(ahead) {}
+
+  int64_t tile_bytes() const { return (in + 3) / 4 * kQuadBytes; }
+
+  template <int NT, class Use>
+  void step(int64_t tile, int64_t from, int64_t to, const Use& use) const {
+    const int8_t* at = codes + tile * tile_bytes();
+    const int64_t size = tile_bytes(), further = ahead * size;
+    for (int64_t k = from; k < to; k += 4) {
+      const int8_t* quad = at + k / 4 * kQuadBytes;
+      for (int t = 0; t < NT; ++t) fetch(quad + t * size + further);
+      const auto one = [&](auto j) {
+        F16 w[NT];
+        for (int t = 0; t < NT; ++t) w[t] = F16::byte<decltype(j)::value>(quad + t * size);
+        use(k + j, w);
+      };
+      one(Int<0>());
+      if (k + 4 <= to) {
+        one(Int<1>());
+        one(Int<2>());
+        one(Int<3>());
+        continue;
+      }
+      if (k + 1 < to) one(Int<1>());
+      if (k + 2 < to) one(Int<2>());
+    }
+  }
+
+  template <int NT, class Use>
+  void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
+    const int8_t* at = codes + tile * tile_bytes();
+    const int64_t size = tile_bytes(), further = ahead * size;
+    for (int64_t q = from / 4; q < (to + 3) / 4; ++q) {
+      Quads w[NT];
+      unrolled<NT>([&](auto t) {
+        const int8_t* quad = at + t * size + q * kQuadBytes;
+        w[t] = Quads::biased(quad);
+        fetch(quad + further);
+      });
+      use(q, w);
+    }
+  }
+};
+
+struct Nf4Tiles {
+  const uint8_t* codes;
+  const float* scales;
+  int64_t in, group, ahead;
+
+  Nf4Tiles(const Weight& w, int64_t ahead)
+      : codes(static_cast<const uint8_t*>(w.codes)), scales(w.scales), in(w.in), group(w.group),
+        ahead(ahead) {}
+
+  int64_t tile_bytes() const { return in / 8 * kQuadBytes; }
+  const float* scale_at(int64_t tile, int64_t g) const {
+    return scales + (tile * (in / group) + g) * kLanes;
+  }
+
+  template <int NT, class Use>
+  void step(int64_t tile, int64_t from, int64_t to, const Use& use) const {
+    const Table16 table(kNf4);
+    const uint8_t* at = codes + tile * tile_bytes();
+    const int64_t size = tile_bytes(), further = ahead * size;
+    for (int64_t k = from; k < to;) {
+      const int64_t g = k / group, end = std::min((g + 1) * group, to);
+      F16 scale[NT];
+      for (int t = 0; t < NT; ++t) scale[t] = F16::load(scale_at(tile + t, g));
+      for (; k < end; k += 8) {
+        const uint8_t* word = at + k / 8 * kQuadBytes;
+        for (int t = 0; t < NT; ++t) fetch(word + t * size + further);
+        const auto one = [&](auto j, auto nibble) {
+          F16 w[NT];
+          for (int t = 0; t < NT; ++t)
+            w[t] = table.at<decltype(nibble)::value>(word + t * size) * scale[t];
+          use(k + j, w);
+        };
+        one(Int<0>(), Int<0>());
+        one(Int<1>(), Int<2>());
+        one(Int<2>(), Int<4>());
+        one(Int<3>(), Int<6>());
+        one(Int<4>(), Int<1>());
+        one(Int<5>(), Int<3>());
+        one(Int<6>(), Int<5>());
+        one(Int<7>(), Int<7>());
+      }
+    }
+  }
+
+  template <int NT, class Use>
+  void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
+    const NibbleTable table(kNf4Rounded);
+    const uint8_t* at = codes + tile * tile_bytes();
+    const int64_t size = tile_bytes(), further = ahead * size;
+    for (int64_t word = from / 8; word < to / 8; ++word) {
+      Quads low[NT], high[NT];
+      unrolled<NT>([&](auto t) {
+        const uint8_t* eights = at + t * size + word * kQuadBytes;
+        table.look_up(eights, low[t], high[t]);
+        fetch(eights + further);
+      });
+      use(2 * word, low);
+      use(2 * word + 1, high);
+    }
+  }
+};
+
+}  // namespace polypeft
