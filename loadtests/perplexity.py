@@ -188,6 +188,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, required=True, help="a JSONL file; every string counts")
     made.add_argument("--lines", type=int, default=200, help="of it, from the first; default 200")
     made.add_argument("--model", help="as polypeft-serve's")
+    choices = ("none", "int8", "nf4")
+    made.add_argument("--weights", nargs="+", choices=choices, default=choices, help="default all")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     return made
 

@@ -133,6 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, object] = {
         "quantization": args.quantization,
         "activations": args.activations,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "num_threads": args.threads,
         "max_num_seqs": max(args.streams, 1),
     }
@@ -210,6 +211,10 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("int8", "nf4", "none"), default="int8")
     parser.add_argument(
         "--activations", choices=("auto", "float", "int16", "int8"), default="auto",
+        help="as polypeft-serve's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "float32", "float16"), default="auto",
         help="as polypeft-serve's",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)

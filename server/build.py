@@ -81,7 +81,10 @@ def assemble(
     settings: Settings, loaded: LoadedModel, tokenizer: Tokenizer, base_name: str
 ) -> Runtime:
     """A runtime around a model in memory. Raises SetupError."""
-    block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, loaded.dtype)
+    kv_dtype = loaded.dtype
+    if settings.kv_cache_dtype != "auto":
+        kv_dtype = getattr(torch, settings.kv_cache_dtype)
+    block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     num_blocks = settings.kv_memory // block_bytes
     capacity = num_blocks * settings.block_size
     max_model_len = min(settings.max_model_len or loaded.max_position_embeddings, capacity)
@@ -103,7 +106,7 @@ def assemble(
         loaded.base.kv_shapes,
         num_blocks=num_blocks,
         block_size=settings.block_size,
-        dtype=loaded.dtype,
+        dtype=kv_dtype,
         device=loaded.device,
     )
     arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
@@ -157,6 +160,7 @@ def assemble(
             "device": str(loaded.device),
             "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "vocab_size": loaded.model.config.get_text_config().vocab_size,
         },
