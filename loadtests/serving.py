@@ -159,8 +159,8 @@ def target(args: argparse.Namespace) -> Iterator[str]:
         for name in ("model", "quantization", "adapter_memory"):
             if (value := getattr(args, name)) is not None:
                 flags += [f"--{name.replace('_', '-')}", value]
-        with local_server([*flags, *args.server_flag]) as url:
-            yield url
+        with local_server([*flags, *args.server_flag]) as server:
+            yield server.url
 
 
 def register(url: str, adapters: RandomAdapters, names: Sequence[str]) -> None:
