@@ -1,16 +1,13 @@
-"""The quantized base: codes by bitsandbytes, one linear module over them."""
+"""The quantized base: codes as bitsandbytes makes them, one linear module over them."""
 
-import logging
-
-# On some CPUs its import warns of an optional kernel that is not there; it is not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from peftcore.quant.layers import dequantize, is_quantized, keep_exact  # noqa: E402
-from peftcore.quant.linear import Quantization, QuantLinear, quantize_model  # noqa: E402
+from peftcore.quant.layers import dequantize, is_quantized, keep_exact
+from peftcore.quant.library import bitsandbytes
+from peftcore.quant.linear import Quantization, QuantLinear, quantize_model
 
 __all__ = [
     "QuantLinear",
     "Quantization",
+    "bitsandbytes",
     "dequantize",
     "is_quantized",
     "keep_exact",
