@@ -1,9 +1,11 @@
-"""Zeroed memory for pools, which on a CPU takes up RAM only where it was written to."""
+"""Memory that takes up RAM only while it is used: of pools on a CPU, and of mapped files."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,3 +37,34 @@ def lazy_zeros(
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+class MappedFiles:
+    """What this process has mapped of the files in a folder, as loaded checkpoints are.
+
+    A page of a mapped file takes up RAM from when it is first read. There is none where the system
+    does not tell: Linux does, in /proc/self/maps.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = {str(path.resolve()) for path in folder.iterdir()}
+        try:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+        except OSError:
+            lines = []
+        mapped = [line.split(maxsplit=5) for line in lines]
+        self._ranges = [
+            tuple(int(end, 16) for end in fields[0].split("-"))
+            for fields in mapped
+            if len(fields) == 6 and fields[5] in files
+        ]
+
+    def release(self) -> None:
+        """Give back the RAM of pages that were read; those that are read again come back.
+
+        Nothing may have been written to them: that would be lost.
+        """
+        for start, end in self._ranges:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+            )

@@ -96,9 +96,11 @@ def assemble(
     def load(digest: str) -> PackedAdapter:
         return load_packed(store.folder(digest), digest, loaded.base, loaded.dtype)
 
+    # On a CPU the arena is host memory itself: what it holds is not kept a second time.
+    is_cpu = loaded.device.type == "cpu"
     cache = AdapterCache(
         arena,
-        HostCache(settings.adapter_host_memory),
+        HostCache(0 if is_cpu else settings.adapter_host_memory),
         load=load,
         size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
         linears=loaded.host.linears,
@@ -138,7 +140,7 @@ def assemble(
             "model": base_name,
             "quantization": loaded.quantization,
             "device": str(loaded.device),
-            "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
+            "kernels": kernels_status() if is_cpu else "torch",
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "vocab_size": loaded.model.config.get_text_config().vocab_size,

@@ -13,6 +13,7 @@ W's size is kept between the passes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -253,10 +254,14 @@ class _Multiply(torch.autograd.Function):
         return ctx.layer.multiply_back(grad, _training_dtype(grad)), None
 
 
-def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:
+def quantize_model(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    after_each: Callable[[], object] = lambda: None,
+) -> None:
     """Replace every linear layer of `model` by a `QuantLinear`, in place.
 
-    The output embedding is quantized to int8 under either choice: it decides every token, and four
+    `after_each` is called when a layer's float weight is not read any more. The output embedding is quantized to int8 under either choice: it decides every token, and four
     bits cost more there than they save. A tied input embedding keeps its float weight.
     """
     if quantization == "none":
@@ -272,3 +277,4 @@ def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:
         choice: Quantization = "int8" if module is output else quantization
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, QuantLinear(weight, bias, choice))
+        after_each()
