@@ -31,6 +31,9 @@ from server.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+#: Host memory for adapters beside a GPU, in bytes.
+_HOST_MEMORY = 512 << 20
+
 
 class SetupError(Exception):
     """The settings cannot be carried out; the message names the flag."""
@@ -96,11 +99,9 @@ def assemble(
     def load(digest: str) -> PackedAdapter:
         return load_packed(store.folder(digest), digest, loaded.base, loaded.dtype)
 
-    # On a CPU the arena is host memory itself: what it holds is not kept a second time.
-    is_cpu = loaded.device.type == "cpu"
     cache = AdapterCache(
         arena,
-        HostCache(0 if is_cpu else settings.adapter_host_memory),
+        HostCache(_host_memory(settings, loaded.device)),
         load=load,
         size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
         linears=loaded.host.linears,
@@ -140,13 +141,20 @@ def assemble(
             "model": base_name,
             "quantization": loaded.quantization,
             "device": str(loaded.device),
-            "kernels": kernels_status() if is_cpu else "torch",
+            "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "vocab_size": loaded.model.config.get_text_config().vocab_size,
         },
     )
     return runtime
+
+
+def _host_memory(settings: Settings, device: torch.device) -> int:
+    """Bytes for adapters' host copies. A CPU's arena is host memory: a copy would be a second."""
+    if settings.adapter_host_memory is not None:
+        return settings.adapter_host_memory
+    return 0 if device.type == "cpu" else _HOST_MEMORY
 
 
 def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore:

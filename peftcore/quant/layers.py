@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def keep_exact(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 they would otherwise repack themselves, for good and with rounded
     scales, at their first call in evaluation mode: what is evaluated is then not what was trained.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(module, linear_layers()[:1]):
             module.support_avx512bf16_for_cpu = False
 

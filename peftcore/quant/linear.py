@@ -261,8 +261,11 @@ def quantize_model(
 ) -> None:
     """Replace every linear layer of `model` by a `QuantLinear`, in place.
 
-    `after_each` is called when a layer's float weight is not read any more. The output embedding is quantized to int8 under either choice: it decides every token, and four
+    The output embedding is quantized to int8 under either choice: it decides every token, and four
     bits cost more there than they save. A tied input embedding keeps its float weight.
+
+    Args:
+        after_each: called when a layer's float weight is not read any more.
     """
     if quantization == "none":
         return
