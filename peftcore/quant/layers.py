@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ def keep_exact(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 they would otherwise repack themselves, for good and with rounded
     scales, at their first call in evaluation mode: what is evaluated is then not what was trained.
     """
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
+    for module in model.modules():
         if isinstance(module, linear_layers()[:1]):
-            module.support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _dequantize_packed(data: Tensor, state: Any) -> Tensor:
