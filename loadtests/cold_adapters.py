@@ -105,7 +105,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         ]  # fmt: skip
         if args.model:
             flags += ["--model", args.model]
-        with local_server(flags) as url:
+        with local_server(flags) as server:
+            url = server.url
             warm = [f"warm-{i}" for i in range(args.streams)]
             cold = [f"cold-{i}" for i in range(num_cold)]
             for seed, name in enumerate(warm + cold):

@@ -9,13 +9,29 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import httpx
 
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that answers.
+
+    Attributes:
+        seconds: from the start of its process to its first answer.
+    """
+
+    url: str
+    pid: int
+    seconds: float
+
 
 @contextmanager
-def local_server(flags: Sequence[str], *, max_seconds: float = 300) -> Iterator[str]:
-    """Run `polypeft-serve` with `flags`; yields its URL once it answers.
+def local_server(flags: Sequence[str], *, max_seconds: float = 300) -> Iterator[LocalServer]:
+    """Run `polypeft-serve` with `flags`; yields once it answers.
 
     Raises:
         RuntimeError: it ended, or did not answer within `max_seconds`.
@@ -26,23 +42,23 @@ def local_server(flags: Sequence[str], *, max_seconds: float = 300) -> Iterator[
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "--port", str(port), *flags]
     # A file, because a pipe that nobody reads would stop a server that logs much.
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, httpx.Client() as http:
+        start = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            end = time.monotonic() + max_seconds
             while True:
                 if process.poll() is not None:
                     log.seek(0)
                     raise RuntimeError(f"the server ended: {log.read().decode()[-2000:]}")
                 try:
-                    if httpx.get(f"{url}/health").status_code == 200:
+                    if http.get(f"{url}/health").status_code == 200:
                         break
                 except httpx.TransportError:
                     pass
-                if time.monotonic() > end:
+                if time.monotonic() > start + max_seconds:
                     raise RuntimeError(f"the server did not answer within {max_seconds} s")
-                time.sleep(0.2)
-            yield url
+                time.sleep(_POLL_SECONDS)
+            yield LocalServer(url, process.pid, time.monotonic() - start)
         finally:
             process.terminate()
             try:

@@ -29,7 +29,7 @@ examples:
     python -m loadtests.serving --compare base,distinct,mixed --quantization nf4
     # a thousand registered adapters of which few fit into memory
     python -m loadtests.serving --compare distinct,zipf --registered 1000 --rank 8 \\
-        --adapter-memory 512MiB --server-flag=--adapter-host-memory=1GiB
+        --adapter-memory 1536MiB
     # an open loop: independent requests, 0.5 a second; or as a recorded trace has them, 4x as fast
     python -m loadtests.serving --rate 0.5 --requests 60
     python -m loadtests.serving --trace AzureLLMInferenceTrace_conv.csv --trace-speed 4
@@ -159,8 +159,8 @@ def target(args: argparse.Namespace) -> Iterator[str]:
         for name in ("model", "quantization", "adapter_memory"):
             if (value := getattr(args, name)) is not None:
                 flags += [f"--{name.replace('_', '-')}", value]
-        with local_server([*flags, *args.server_flag]) as url:
-            yield url
+        with local_server([*flags, *args.server_flag]) as server:
+            yield server.url
 
 
 def register(url: str, adapters: RandomAdapters, names: Sequence[str]) -> None:

@@ -1,4 +1,11 @@
-"""Parameter-efficient adapters: PEFT's API and files, compiled to programs that can be batched."""
+"""Parameter-efficient adapters: PEFT's API and files, compiled to programs that can be batched.
+
+Models to train come when they are first asked for: transformers' Trainer, which is taught of them,
+brings a tenth of a gigabyte that serving has no use for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from peftcore.config import (
     AdapterConfig,
@@ -14,7 +21,6 @@ from peftcore.errors import (
     MixtureError,
     UnsupportedError,
 )
-from peftcore.export import export_task
 from peftcore.methods import (
     AdaLoraConfig,
     BottleneckConfig,
@@ -31,17 +37,20 @@ from peftcore.methods import (
     TrainableTokensConfig,
     VeraConfig,
 )
-from peftcore.model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
+
+if TYPE_CHECKING:
+    from peftcore.export import export_task
+    from peftcore.model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        get_peft_model_state_dict,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
 
 #: PEFT's name of the class that every config derives from.
 PeftConfig = AdapterConfig
@@ -83,3 +92,24 @@ __all__ = [
     "set_peft_model_state_dict",
     "supported_methods",
 ]
+
+#: Name → the module that it is imported from, at its first use.
+_LAZY = {
+    "export_task": "peftcore.export",
+    "PeftModel": "peftcore.model",
+    "PeftModelForCausalLM": "peftcore.model",
+    "PeftModelForFeatureExtraction": "peftcore.model",
+    "PeftModelForSequenceClassification": "peftcore.model",
+    "PeftModelForTokenClassification": "peftcore.model",
+    "get_peft_model": "peftcore.model",
+    "get_peft_model_state_dict": "peftcore.model",
+    "prepare_model_for_kbit_training": "peftcore.model",
+    "set_peft_model_state_dict": "peftcore.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value

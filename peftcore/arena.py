@@ -13,6 +13,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from peftcore.memory import lazy_zeros
+
 #: Ranges start at multiples of this many elements, so that rows are aligned for vector loads.
 ALIGNMENT = 64
 
@@ -33,7 +35,8 @@ class AdapterArena:
         self, num_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.num_elements = num_elements // ALIGNMENT * ALIGNMENT
-        self.data: Tensor = torch.zeros(self.num_elements, dtype=dtype, device=device)
+        # Ranges are whole adapters, the lowest first: little of a huge page lies idle.
+        self.data: Tensor = lazy_zeros([self.num_elements], dtype, device, huge_pages=True)
         self._used: dict[int, int] = {}  # offset -> aligned length
         self._starts: list[int] = []  # the keys of _used, sorted
 

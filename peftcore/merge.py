@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +29,7 @@ from peftcore.primitives import (
     Primitive,
     RowOverride,
 )
-from peftcore.quant import QuantLinear
+from peftcore.quant import QuantLinear, bitsandbytes, is_quantized
 
 
 @torch.no_grad()
@@ -165,7 +164,7 @@ def _with_weights(module: BaseModule, weight: Tensor, bias: Tensor | None) -> nn
     original = module.module
     if isinstance(original, QuantLinear):
         return QuantLinear(weight, bias, original.quantization)
-    if isinstance(original, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+    if is_quantized(original):
         return _requantized(original, weight, bias)
     if isinstance(original, Conv1D):
         weight = weight.t()
@@ -187,6 +186,7 @@ def _parameter(value: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
 
 def _requantized(original: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A bitsandbytes layer over the codes of `weight`, with the settings of `original`."""
+    bnb = bitsandbytes()
     device = original.weight.device
     made: Any
     if isinstance(original, bnb.nn.Linear4bit):

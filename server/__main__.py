@@ -24,11 +24,13 @@ def main() -> None:
         flag = "--" + "-".join(str(p) for p in first["loc"]).replace("_", "-")
         sys.exit(f"polypeft-serve: {flag}: {first['msg']}")
     # What follows takes seconds to import; --help does not wait for it.
+    from peftcore.memory import bound_malloc
     from peftcore.sources.resolve import ModelSourceError
     from server.api.app import create_app
     from server.build import SetupError, build_runtime, preload
     from server.models.probe import UnservableModel
 
+    bound_malloc()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

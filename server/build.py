@@ -32,6 +32,9 @@ from server.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+#: Host memory for adapters beside a GPU, in bytes.
+_HOST_MEMORY = 512 << 20
+
 
 class SetupError(Exception):
     """The settings cannot be carried out; the message names the flag."""
@@ -117,7 +120,7 @@ def assemble(
 
     cache = AdapterCache(
         arena,
-        HostCache(settings.adapter_host_memory),
+        HostCache(_host_memory(settings, loaded.device)),
         load=load,
         size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
         linears=loaded.host.linears,
@@ -166,6 +169,13 @@ def assemble(
         },
     )
     return runtime
+
+
+def _host_memory(settings: Settings, device: torch.device) -> int:
+    """Bytes for adapters' host copies. A CPU's arena is host memory: a copy would be a second."""
+    if settings.adapter_host_memory is not None:
+        return settings.adapter_host_memory
+    return 0 if device.type == "cpu" else _HOST_MEMORY
 
 
 def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore:

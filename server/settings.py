@@ -78,8 +78,10 @@ class Settings(BaseSettings):
     adapter_memory: Size = Field(  # type: ignore[assignment]
         "512MiB", description="device memory that resident adapters share"
     )
-    adapter_host_memory: Size = Field(  # type: ignore[assignment]
-        "512MiB", description="host memory for adapters that are ready to be copied in"
+    adapter_host_memory: Size | None = Field(
+        None,
+        description="host memory for adapters that are ready to be copied in; by default 512MiB "
+        "beside a GPU, and none on a CPU, where the adapter memory is host memory",
     )
     max_upload: Size = Field(  # type: ignore[assignment]
         "256MiB", description="largest upload of one adapter"

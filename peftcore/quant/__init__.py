@@ -1,12 +1,8 @@
-"""The quantized base: codes by bitsandbytes, one linear module over them."""
+"""The quantized base: codes as bitsandbytes makes them, one linear module over them."""
 
-import logging
-
-# On some CPUs its import warns of an optional kernel that is not there; it is not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from peftcore.quant.layers import dequantize, is_quantized, keep_exact  # noqa: E402
-from peftcore.quant.linear import (  # noqa: E402
+from peftcore.quant.layers import dequantize, is_quantized, keep_exact
+from peftcore.quant.library import bitsandbytes
+from peftcore.quant.linear import (
     Activations,
     Quantization,
     QuantLinear,
@@ -19,6 +15,7 @@ __all__ = [
     "Activations",
     "QuantLinear",
     "Quantization",
+    "bitsandbytes",
     "dequantize",
     "fast_activations",
     "is_quantized",

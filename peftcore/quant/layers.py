@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from peftcore.quant.library import bitsandbytes, linear_layers
 from peftcore.quant.linear import QuantLinear
-
-_BNB = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Is this one linear layer over codes?"""
-    return isinstance(module, (QuantLinear, *_BNB))
+    return isinstance(module, (QuantLinear, *linear_layers()))
 
 
 def keep_exact(model: nn.Module) -> None:
@@ -25,11 +23,12 @@ def keep_exact(model: nn.Module) -> None:
     scales, at their first call in evaluation mode: what is evaluated is then not what was trained.
     """
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, linear_layers()[:1]):
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
 
 
-def _dequantize_packed(data: Tensor, state: bnb.functional.QuantState) -> Tensor:
+def _dequantize_packed(data: Tensor, state: Any) -> Tensor:
     """Of a layer that has repacked itself: 32 rows' codes beside each other, scales transposed."""
     n, k = state.shape
     packed = data.view(-1, 32)
@@ -43,13 +42,15 @@ def dequantize(module: nn.Module) -> Tensor:
     """W of a quantized layer as `[out_features, in_features]` float32, in fresh memory."""
     if isinstance(module, QuantLinear):
         return module.dequantize()
+    bnb = bitsandbytes()
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
         if getattr(weight, "quant_state", None) is None:  # a new head, or not on its device yet
             return weight.detach().to(torch.float32)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             return _dequantize_packed(weight.data, weight.quant_state)
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
+        made: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return made.to(torch.float32)
     assert isinstance(module, bnb.nn.Linear8bitLt)
     scales = getattr(weight, "SCB", None)
     if scales is None:

@@ -1,4 +1,4 @@
-"""Linear layers over nf4 and int8 codes: bitsandbytes quantizes, one module multiplies.
+"""Linear layers over nf4 and int8 codes: codes as bitsandbytes', one module that multiplies.
 
     nf4   W ≈ LUT[code] · absmax   per block of 64 weights (QLoRA, arXiv:2305.14314)
     int8  W ≈ code · absmax / 127  per output row (LLM.int8(), arXiv:2208.07339, without outliers)
@@ -13,10 +13,10 @@ W's size is kept between the passes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.ops.cpu import kernels
+from peftcore.quant.codes import BLOCK, quantize_int8, quantize_nf4
+from peftcore.quant.library import bitsandbytes
 from peftcore.quant.packed import can_pack, pack_int8, pack_nf4
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -32,7 +34,6 @@ Quantization = Literal["nf4", "int8", "none"]
 Activations = Literal["float", "int16", "int8"]
 
 _ACTIVATION_BITS: dict[Activations, int] = {"float": 0, "int16": 16, "int8": 8}
-_BLOCK = 64
 #: Dequantized weights per tile: 8 MiB of float32.
 _TILE_ELEMENTS = 2 << 20
 
@@ -83,23 +84,18 @@ class QuantLinear(nn.Module):
         self.quantization = quantization
         weight = weight.detach().to(torch.float32).contiguous()
         if quantization == "nf4":
-            codes, state = bnb.functional.quantize_4bit(
-                weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=False
-            )
-            absmax = state.absmax
+            codes, absmax = quantize_nf4(weight)
         elif quantization == "int8":
-            half = weight.to(torch.float16) if weight.is_cuda else weight
-            codes, absmax, _ = bnb.functional.int8_vectorwise_quant(half)
+            codes, absmax = quantize_int8(weight)
         else:
             raise ValueError(f"quantization: {quantization!r} is not 'nf4' or 'int8'")
-        absmax = absmax.to(torch.float32)
         self.packed = (
             codes.is_cpu
-            and can_pack(quantization, self.in_features, _BLOCK)
+            and can_pack(quantization, self.in_features, BLOCK)
             and kernels() is not None
         )
         if self.packed and quantization == "nf4":
-            codes, absmax = pack_nf4(codes, absmax, self.out_features, self.in_features, _BLOCK)
+            codes, absmax = pack_nf4(codes, absmax, self.out_features, self.in_features, BLOCK)
         elif self.packed:
             codes, absmax = pack_int8(codes, absmax)
         self.register_buffer("codes", codes)
@@ -141,10 +137,11 @@ class QuantLinear(nn.Module):
         if self.quantization == "int8":
             tile = _tile_buffer((stop - start) * k, dtype)
             return tile.view(-1, k).copy_(self.codes[start:stop]).t()
+        bitsandbytes()
         rows: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             self.codes[start * k // 2 : (stop * k + 1) // 2],
-            self.absmax[start * k // _BLOCK : -(-stop * k // _BLOCK)],
-            _BLOCK,
+            self.absmax[start * k // BLOCK : -(-stop * k // BLOCK)],
+            BLOCK,
             "nf4",
             (1, (stop - start) * k),  # flat: its CPU code begins a new block at each row it is told
             dtype,
@@ -159,12 +156,14 @@ class QuantLinear(nn.Module):
         return self.absmax / 127
 
     def _tile_rows(self) -> int:
-        return max(_BLOCK, _TILE_ELEMENTS // self.in_features // _BLOCK * _BLOCK)
+        return max(BLOCK, _TILE_ELEMENTS // self.in_features // BLOCK * BLOCK)
 
     def dequantize(self) -> Tensor:
         """W as `[out_features, in_features]` float32, in fresh memory."""
         if self.codes.is_cuda and self.quantization == "nf4":
-            return bnb.functional.dequantize_4bit(self.codes, self._nf4_state(torch.float32))
+            state = self._nf4_state(torch.float32)
+            weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.codes, state)
+            return weight
         if self.quantization == "int8" and not self.packed:
             return self.codes.to(torch.float32) * self._row_scale[:, None]
         step, n = self._tile_rows(), self.out_features
@@ -219,20 +218,24 @@ class QuantLinear(nn.Module):
                 back += rows[:, i : i + step] @ tile
         return back.view(*grad.shape[:-1], -1).to(grad.dtype)
 
-    def _nf4_state(self, dtype: torch.dtype) -> bnb.functional.QuantState:
-        return bnb.functional.QuantState(
+    def _nf4_state(self, dtype: torch.dtype) -> Any:
+        functional = bitsandbytes().functional
+        return functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=bnb.functional.get_4bit_type("nf4", device=self.absmax.device),
-            blocksize=_BLOCK,
+            code=functional.get_4bit_type("nf4", device=self.absmax.device),
+            blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype,
         )
 
     def _forward_cuda(self, x: Tensor) -> Tensor:
+        bnb = bitsandbytes()
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        result: Tensor
         if self.quantization == "nf4":
-            return bnb.matmul_4bit(x, self.codes.t(), self._nf4_state(x.dtype), bias=bias)
+            result = bnb.matmul_4bit(x, self.codes.t(), self._nf4_state(x.dtype), bias=bias)
+            return result
         state = bnb.MatmulLtState()
         state.CB, state.SCB, state.has_fp16_weights, state.threshold = (
             self.codes,
@@ -240,7 +243,8 @@ class QuantLinear(nn.Module):
             False,
             0.0,
         )
-        return bnb.matmul(x, self.codes, state=state, bias=bias)
+        result = bnb.matmul(x, self.codes, state=state, bias=bias)
+        return result
 
 
 class _Multiply(torch.autograd.Function):
@@ -257,11 +261,18 @@ class _Multiply(torch.autograd.Function):
         return ctx.layer.multiply_back(grad, _training_dtype(grad)), None
 
 
-def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:
+def quantize_model(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    after_each: Callable[[], object] = lambda: None,
+) -> None:
     """Replace every linear layer of `model` by a `QuantLinear`, in place.
 
     The output embedding is quantized to int8 under either choice: it decides every token, and four
     bits cost more there than they save. A tied input embedding keeps its float weight.
+
+    Args:
+        after_each: called when a layer's float weight is not read any more.
     """
     if quantization == "none":
         return
@@ -276,6 +287,7 @@ def quantize_model(model: PreTrainedModel, quantization: Quantization) -> None:
         choice: Quantization = "int8" if module is output else quantization
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, QuantLinear(weight, bias, choice))
+        after_each()
 
 
 def fast_activations() -> Activations:

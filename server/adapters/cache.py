@@ -60,7 +60,7 @@ class CacheStats:
 @dataclass(frozen=True)
 class _Loaded:
     digest: str
-    packed: PackedAdapter | None
+    layout: Layout | None
     error: Exception | None
     seconds: float
 
@@ -193,7 +193,7 @@ class AdapterCache:
             done = self._done.popleft()
             entry = self._entries[done.digest]
             self.stats.load_seconds += done.seconds
-            if done.packed is None:
+            if done.layout is None:
                 assert done.error is not None
                 logger.error("adapter %s cannot be loaded: %s", done.digest[:12], done.error)
                 self.stats.num_failures += 1
@@ -205,7 +205,7 @@ class AdapterCache:
                 self._doomed.discard(done.digest)
                 continue
             self.stats.num_loads += 1
-            entry.layout = done.packed.layout
+            entry.layout = done.layout
             entry.bound = self._bind(entry)
             if entry.pins == 0 and done.digest in self._doomed:
                 self.drop(done.digest)
@@ -306,7 +306,7 @@ class AdapterCache:
 
     def _run_load(self, digest: str, offset: int, num_bytes: int) -> None:
         start = time.perf_counter()
-        packed, error = None, None
+        layout, error = None, None
         try:
             packed = self.host.get(digest)
             if packed is None:
@@ -315,9 +315,10 @@ class AdapterCache:
             if packed.num_bytes > num_bytes:
                 raise ValueError(f"{packed.num_bytes} bytes, but the registry says {num_bytes}")
             self.arena.data[offset : offset + packed.num_bytes].copy_(packed.data)
+            layout = packed.layout
         except Exception as exc:
-            packed, error = None, exc
-        self._done.append(_Loaded(digest, packed, error, time.perf_counter() - start))
+            error = exc
+        self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start))
         self._wake()
 
     def close(self) -> None:

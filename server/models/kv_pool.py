@@ -1,7 +1,8 @@
 """The paged KV cache's memory: per layer one tensor of blocks. Knows nothing of sequences.
 
 Slot `block * block_size + offset` holds one position's key and value in every layer. A block's keys
-lie transposed, so that the CPU kernels read one value of many positions at once.
+lie transposed, so that the CPU kernels read one value of many positions at once. A block takes up
+RAM from when it is first used, in small pages: it is a few kilobytes in each of many tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from peftcore.memory import lazy_zeros
 
 
 class KVPool:
@@ -30,14 +33,10 @@ class KVPool:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for num_heads, head_dim, v_head_dim in kv_shapes:
-            self.keys.append(
-                torch.zeros(num_blocks, num_heads, head_dim, block_size, dtype=dtype, device=device)
-            )
-            self.values.append(
-                torch.zeros(
-                    num_blocks, num_heads, block_size, v_head_dim, dtype=dtype, device=device
-                )
-            )
+            keys = (num_blocks, num_heads, head_dim, block_size)
+            values = (num_blocks, num_heads, block_size, v_head_dim)
+            self.keys.append(lazy_zeros(keys, dtype, device))
+            self.values.append(lazy_zeros(values, dtype, device))
 
     @staticmethod
     def block_bytes(

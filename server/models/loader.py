@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peftcore.base import BaseModel
 from peftcore.layers import AdapterHost, attach
+from peftcore.memory import MappedFiles
 from peftcore.ops.cpu import kernels
 from peftcore.quant import (
     Activations,
@@ -63,6 +64,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model from a local folder.
 
+    Float32 weights are mapped, not read: then no more than one of them is in RAM beside the codes.
+
     Args:
         activations: of quantized layers; None chooses what is fast.
 
@@ -71,7 +74,8 @@ def load_model(
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return prepare_model(model, quantization, device, activations)
+    release = MappedFiles(folder).release
+    return prepare_model(model, quantization, device, activations, release)
 
 
 def prepare_model(
@@ -79,12 +83,16 @@ def prepare_model(
     quantization: Quantization,
     device: torch.device,
     activations: Activations | None = None,
+    after_each: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
-    """Make a model in memory ready to serve; changes it in place. Raises as `load_model`."""
+    """Make a model in memory ready to serve; changes it in place.
+
+    `after_each`: as for `quantize_model`. Raises as `load_model`.
+    """
     check_config(model)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
-    quantize_model(model, quantization)
+    quantize_model(model, quantization, after_each)
     model.set_attn_implementation(NAME)
     calls = observe(model)
     kv_shapes = [call.kv_shape for call in calls]

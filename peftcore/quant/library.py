@@ -1,0 +1,28 @@
+"""bitsandbytes, imported where it is first needed.
+
+Its import takes a second and a tenth of a gigabyte, most of it torch's compiler. A server on a CPU
+needs none of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+
+def bitsandbytes() -> Any:
+    """The package; its operators are torch's from then on."""
+    # On some CPUs its import warns of an optional kernel that is not there; it is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes as package
+
+    return package
+
+
+def linear_layers() -> tuple[type, ...]:
+    """bitsandbytes' 4-bit and 8-bit layers: none before somebody imports it to make one."""
+    if "bitsandbytes" not in sys.modules:
+        return ()
+    nn = bitsandbytes().nn
+    return nn.Linear4bit, nn.Linear8bitLt
