@@ -1,8 +1,8 @@
 """How soon does it serve, and in how much memory? `python -m loadtests.startup`
 
 Starts polypeft-serve several times, until it answers /health over HTTP. Then adapters are uploaded
-to the last one, and each is asked once, all at a time. Sizes are of the server's process, in MB of
-10⁶ bytes, as Linux counts them:
+to the last one, and each is asked once, --streams at a time. Sizes are of the server's process, in
+MB of 10⁶ bytes, as Linux counts them:
 
     resident    what of its memory is in RAM at that time (VmRSS)
     peak        the most that ever was, from the start on (VmHWM)
@@ -73,7 +73,7 @@ def use_adapters(
         rng=rng,
     )
     phase = asyncio.run(
-        run_phase(server.url, requests, len(requests), args.timeout, on_end=lambda: None)
+        run_phase(server.url, requests, args.streams, args.timeout, on_end=lambda: None)
     )
     if bad := [outcome for outcome in phase.outcomes if outcome.status != "ok"]:
         raise SystemExit(f"{bad[0].model}: {bad[0].status} {bad[0].message}")
@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--adapters", type=count, default=16, help="default 16")
     made.add_argument("--rank", type=count, default=16,
                       help="of the adapters, LoRA on all linear layers; default 16")  # fmt: skip
+    made.add_argument("--streams", type=count, default=16, help="default 16")
     made.add_argument("--prompt-tokens", type=count, default=150, help="default 150")
     made.add_argument("--output-tokens", type=count, default=64, help="default 64")
     made.add_argument("--timeout", type=number(float), default=600.0,

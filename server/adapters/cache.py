@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from peftcore.arena import AdapterArena
+from peftcore.memory import trim_malloc
 from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
 from server.engine.scheduler import Residency
 from server.engine.sequence import Sequence
@@ -316,6 +317,8 @@ class AdapterCache:
                 raise ValueError(f"{packed.num_bytes} bytes, but the registry says {num_bytes}")
             self.arena.data[offset : offset + packed.num_bytes].copy_(packed.data)
             layout = packed.layout
+            del packed
+            trim_malloc()  # what compiling took lies between what stays
         except Exception as exc:
             error = exc
         self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start))

@@ -120,3 +120,31 @@ def test_bounded_malloc_keeps_little_of_what_threads_freed() -> None:
     assert kept_mib("bounded") < 40
     if "glibc" in platform.libc_ver()[0]:
         assert kept_mib("as it is") > 100  # else the test shows nothing
+
+
+_HOLES = """
+import ctypes
+from peftcore.memory import bound_malloc, trim_malloc
+bound_malloc()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+large = []
+for _ in range(1000):
+    large.append(libc.malloc(ctypes.c_size_t(100_000)))
+    libc.malloc(ctypes.c_size_t(100))  # stays
+for block in large:
+    ctypes.memset(block, 1, 100_000)
+    libc.free(ctypes.c_void_p(block))
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = resident()
+trim_malloc()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another C library")
+def test_trimmed_malloc_gives_back_what_lies_between_blocks() -> None:
+    command = [sys.executable, "-c", _HOLES]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert float(done.stdout) > 60
