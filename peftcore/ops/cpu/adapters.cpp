@@ -161,55 +161,51 @@ void adapt(const Active* first, const Active* last, int64_t row, int64_t stop, A
   });
 }
 
-// Segments of one module that share rows, and a block of those: they go one after another.
-struct Task {
-  const Active *first, *last;
-  int64_t row, stop;
-};
-
 }  // namespace
 
-void adapt(const std::vector<Active>& given) {
-  if (given.empty()) return;
+AdapterTasks::AdapterTasks(std::vector<Active> active) : active_(std::move(active)) {
   // By rows, so that a thread reads one adapter's modules, which lie together; stable, so that the
   // segments of a mixture keep their order.
-  std::vector<Active> active(given);
-  std::stable_sort(active.begin(), active.end(), [](const Active& a, const Active& b) {
+  const auto by_row = [](const Active& a, const Active& b) {
     return std::pair(a.module, a.start) < std::pair(b.module, b.start);
-  });
-  int64_t num_rows = 0, work = 0;
-  for (const Active& s : active) {
+  };
+  if (!std::is_sorted(active_.begin(), active_.end(), by_row))
+    std::stable_sort(active_.begin(), active_.end(), by_row);
+  int64_t num_rows = 0;
+  for (const Active& s : active_) {
     num_rows += s.end - s.start;
-    work += (s.end - s.start) * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
+    work_ += (s.end - s.start) * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
   }
   const int64_t share = num_rows / (2 * at::get_num_threads());
   const int64_t step = std::clamp<int64_t>(share, 4, kRows);
-  std::vector<Task> tasks;
-  for (const Active *s = active.data(), *end = s + active.size(); s != end;) {
+  tasks_.reserve(active_.size());
+  for (const Active *s = active_.data(), *end = s + active_.size(); s != end;) {
     const Active* first = s;
     int64_t stop = s->end;
     for (++s; s != end && s->module == first->module && s->start < stop; ++s)
       stop = std::max(stop, s->end);
     for (int64_t row = first->start; row < stop; row += step)
-      tasks.push_back({first, s, row, std::min(row + step, stop)});
+      tasks_.push_back({first, s, row, std::min(row + step, stop)});
   }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.row < b.row; });
-  for_each_task(tasks.size(), work > 1 << 15, [&](int64_t i) {
-    const Task& task = tasks[i];
-    const bool last = i + 1 == static_cast<int64_t>(tasks.size());
-    const Active* next = last || tasks[i + 1].first == task.first ? nullptr : tasks[i + 1].first;
-    adapt(task.first, task.last, task.row, task.stop, Ahead(next));
+  std::sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) {
+    return std::pair(a.row, a.first) < std::pair(b.row, b.first);
   });
+}
+
+void AdapterTasks::run(int64_t i) const {
+  const Task& task = tasks_[i];
+  const bool last = i + 1 == size();
+  const Active* next = last || tasks_[i + 1].first == task.first ? nullptr : tasks_[i + 1].first;
+  adapt(task.first, task.last, task.row, task.stop, Ahead(next));
 }
 
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,
                  float* out) {
   std::memcpy(out, x, sizeof(float) * rows * in);
   for (const Segment& s : batch) {
-    const auto found = s.adapter->find(id);
-    if (found == s.adapter->end() || !found->second.in_scale) continue;
-    const float* v = found->second.in_scale;
+    const ModuleAdapter* at = s.adapter->find(id);
+    if (!at || !at->in_scale) continue;
+    const float* v = at->in_scale;
     for (int64_t r = s.start; r < s.end; ++r)
       for (int64_t k = 0; k < in; ++k) out[r * in + k] *= v[k];
   }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <unordered_map>
 #include <vector>
 
 #include "weight.h"
@@ -13,6 +12,7 @@ namespace polypeft {
 //
 // a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's.
 struct ModuleAdapter {
+  int64_t in = 0, out = 0;  // 0: nothing at this module
   const void* a = nullptr;
   const void* b = nullptr;
   Type type = Type::kFloat;
@@ -23,8 +23,15 @@ struct ModuleAdapter {
   const float* bias = nullptr;       // [out]
 };
 
-// A resident adapter: module id → what it does there.
-using Adapter = std::unordered_map<int64_t, ModuleAdapter>;
+// A resident adapter: what it does at each module, by the module's id.
+struct Adapter {
+  std::vector<ModuleAdapter> modules;
+  // Null where it does nothing.
+  const ModuleAdapter* find(int64_t id) const {
+    if (id < 0 || id >= static_cast<int64_t>(modules.size()) || !modules[id].in) return nullptr;
+    return &modules[id];
+  }
+};
 
 // Rows [start, end) use the adapter, its additive parts times `weight`. Segments of a mixture
 // cover the same rows; a scale stands in no mixture.
@@ -52,9 +59,27 @@ struct Active {
   float weight;
 };
 
-// The additive parts, output scales and biases, onto y: first those, then these, for each row.
-// active: those of one module one after another.
-void adapt(const std::vector<Active>& active);
+// What a launch's segments do to its modules' y: for each row first the additive parts, then output
+// scales, then biases. Tasks of different rows or modules may run at a time.
+class AdapterTasks {
+ public:
+  // active: those of one module one after another.
+  explicit AdapterTasks(std::vector<Active> active);
+  AdapterTasks(const AdapterTasks&) = delete;
+  int64_t size() const { return static_cast<int64_t>(tasks_.size()); }
+  int64_t work() const { return work_; }  // multiplications
+  void run(int64_t i) const;
+
+ private:
+  // Segments of one module that share rows, and a block of those: they go one after another.
+  struct Task {
+    const Active *first, *last;
+    int64_t row, stop;
+  };
+  std::vector<Active> active_;
+  std::vector<Task> tasks_;
+  int64_t work_ = 0;
+};
 
 // x' of `linear` into out: [rows][in].
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,

@@ -91,16 +91,20 @@ struct PyWeight : Weight {
   }
 };
 
-// An adapter's entries, and the tensors that they point into.
+constexpr int64_t kMaxModules = 1 << 20;
+
+// An adapter, and the tensors that it points into.
 struct PyAdapter {
-  Adapter entries;
-  std::unordered_map<int64_t, std::pair<int64_t, int64_t>> sizes;  // module id → (in, out)
+  Adapter adapter;
   std::vector<Tensor> held;
 
   void set(int64_t id, int64_t in, int64_t out, const std::optional<Tensor>& a,
            const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& in_scale,
            const std::optional<Tensor>& out_scale, const std::optional<Tensor>& bias) {
     ModuleAdapter entry;
+    entry.in = in;
+    entry.out = out;
+    TORCH_CHECK_VALUE(0 <= id && id < kMaxModules, "module id: ", id);
     TORCH_CHECK_VALUE(in > 0 && out > 0, "an adapter of [", out, ", ", in, "]");
     TORCH_CHECK_VALUE(a.has_value() == b.has_value(), "a and b come together");
     if (a) {
@@ -116,8 +120,8 @@ struct PyAdapter {
     entry.in_scale = floats(in_scale, "in_scale", in);
     entry.out_scale = floats(out_scale, "out_scale", out);
     entry.bias = floats(bias, "bias", out);
-    entries[id] = entry;
-    sizes[id] = {in, out};
+    if (id >= static_cast<int64_t>(adapter.modules.size())) adapter.modules.resize(id + 1);
+    adapter.modules[id] = entry;
     for (const auto* t : {&a, &b, &in_scale, &out_scale, &bias})
       if (*t) held.push_back(**t);
   }
@@ -132,13 +136,13 @@ struct PyBatch {
     for (const auto& [start, end, adapter, weight] : given) {
       TORCH_CHECK_VALUE(adapter, "a segment without an adapter");
       TORCH_CHECK_VALUE(0 <= start && start <= end, "segment [", start, ", ", end, ")");
-      segments.push_back({start, end, &adapter->entries, static_cast<float>(weight)});
+      segments.push_back({start, end, &adapter->adapter, static_cast<float>(weight)});
       held.push_back(adapter);
     }
   }
   bool touches(int64_t id) const {
     for (const Segment& s : segments)
-      if (s.adapter->count(id)) return true;
+      if (s.adapter->find(id)) return true;
     return false;
   }
   void check_rows(int64_t rows) const {
@@ -147,12 +151,10 @@ struct PyBatch {
   }
   // Without `out`: of an input scale.
   void check_sizes(int64_t id, int64_t in, std::optional<int64_t> out) const {
-    for (const auto& adapter : held) {
-      const auto found = adapter->sizes.find(id);
-      if (found == adapter->sizes.end()) continue;
-      const auto [its_in, its_out] = found->second;
-      TORCH_CHECK_VALUE(its_in == in && its_out == out.value_or(its_out), "module ", id,
-                        ": an adapter for [", its_out, ", ", its_in, "] meets ", in, " inputs");
+    for (const Segment& s : segments) {
+      const ModuleAdapter* at = s.adapter->find(id);
+      TORCH_CHECK_VALUE(!at || (at->in == in && at->out == out.value_or(at->out)), "module ", id,
+                        ": an adapter for [", at->out, ", ", at->in, "] meets ", in, " inputs");
     }
   }
 };
@@ -209,8 +211,8 @@ void py_add_adapters(const Tensor& y, const Tensor& input, int64_t id, const PyB
 Tensor py_scale_input(const Tensor& input, int64_t id, const PyBatch& batch) {
   bool scaled = false;
   for (const Segment& s : batch.segments) {
-    const auto found = s.adapter->find(id);
-    scaled |= found != s.adapter->end() && found->second.in_scale;
+    const ModuleAdapter* at = s.adapter->find(id);
+    scaled |= at && at->in_scale;
   }
   if (!scaled) return input;
   const Tensor x = as_rows(input, last_size(input, "x"));
@@ -354,7 +356,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("a") = py::none(), py::arg("b") = py::none(), py::arg("scale") = 0.0,
            py::arg("in_scale") = py::none(), py::arg("out_scale") = py::none(),
            py::arg("bias") = py::none())
-      .def("__len__", [](const PyAdapter& a) { return a.entries.size(); });
+      .def("__len__", [](const PyAdapter& a) {
+        const auto& all = a.adapter.modules;
+        return std::count_if(all.begin(), all.end(), [](const ModuleAdapter& m) { return m.in; });
+      });
   py::class_<PyBatch, std::shared_ptr<PyBatch>>(m, "Batch")
       .def(py::init<const std::vector<
                std::tuple<int64_t, int64_t, std::shared_ptr<PyAdapter>, double>>&>())
