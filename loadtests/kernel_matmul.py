@@ -27,7 +27,8 @@ from loadtests.contest import (
 )
 from loadtests.machine import Watch, prepacked
 from peftcore.ops.cpu import kernels
-from peftcore.quant import QuantLinear
+from peftcore.quant import Activations, Quantization, QuantLinear
+from peftcore.quant.linear import ACTIVATION_BITS
 
 #: (out, in): of SmolLM2-135M's layers and head, then of a model of about 10⁹ weights.
 SHAPES = (
@@ -45,7 +46,16 @@ LAUNCHES = (
 _HEAD = (49152, 576)
 
 BASELINE = "F.linear fp32"
-OURS = ("ours int8", "ours nf4")
+#: Name → how weights and inputs are kept.
+FORMS: dict[str, tuple[Quantization, Activations]] = {
+    "ours int8": ("int8", "float"),
+    "ours int8 by int16": ("int8", "int16"),
+    "ours int8 by int8": ("int8", "int8"),
+    "ours nf4": ("nf4", "float"),
+    "ours nf4 by int16": ("nf4", "int16"),
+    "ours nf4 by int8": ("nf4", "int8"),
+}
+OURS = tuple(FORMS)
 _GROUP = 64  # weights of a 4-bit scale
 
 Shape = tuple[int, int]
@@ -100,8 +110,7 @@ class Weights:
         self._bytes: dict[str, float] = {}
         self._why: dict[str, str] = {}
         self._forms: dict[str, Callable[[], Iterator[Callable[[Tensor], Tensor]]]] = {
-            "ours int8": lambda: self._ours("int8"),
-            "ours nf4": lambda: self._ours("nf4"),
+            **{name: partial(self._ours, name) for name in FORMS},
             BASELINE: self._fp32,
             "F.linear bf16": self._bf16,
             "torch int8pack bf16": self._int8pack,
@@ -151,12 +160,14 @@ class Weights:
         self._bytes[name] = sum(t.nbytes for t in tensors)
         return copies_of(tensors)
 
-    def _ours(self, quantization: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    def _ours(self, name: str) -> Iterator[Callable[[Tensor], Tensor]]:
+        quantization, activations = FORMS[name]
         layer = QuantLinear(self.weight, None, quantization)
         if not layer.packed:
             raise Unavailable("no kernels for this weight")
-        for codes, scales in self._cold(f"ours {quantization}", layer.codes, layer.absmax):
-            weight = kernels().Weight(codes, scales, None, *self.weight.shape)
+        bits = ACTIVATION_BITS[activations]
+        for codes, scales in self._cold(name, layer.codes, layer.absmax):
+            weight = kernels().Weight(codes, scales, None, *self.weight.shape, bits)
             yield after_x(_linear, weight)
 
     def _fp32(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -263,8 +274,7 @@ def run_model(*, repeats: int, step: Callable[[], object], watch: Watch) -> list
     inputs = {in_: torch.randn(1, in_) for _, in_ in shapes}
     contenders = []
     builders: dict[str, Callable[[], tuple[Callable[[], Any], float]]] = {
-        "ours int8": lambda: _model_of_ours("int8", inputs),
-        "ours nf4": lambda: _model_of_ours("nf4", inputs),
+        **{name: partial(_model_of_ours, *form, inputs) for name, form in FORMS.items()},
         BASELINE: lambda: _model_of_torch(shapes, inputs),
     }
     for name, build in builders.items():
@@ -289,13 +299,16 @@ def _whole(name: str, build: Callable[[], tuple[Callable[[], Any], float]]) -> C
 
 
 def _model_of_ours(
-    quantization: Any, inputs: dict[int, Tensor]
+    quantization: Quantization, activations: Activations, inputs: dict[int, Tensor]
 ) -> tuple[Callable[[], None], float]:
     """The head is int8 under either choice, as `quantize_model` has it."""
     ops, num_bytes = kernels(), 0
     if ops is None:
         raise Unavailable("no kernels")
-    launches = [(launch, quantization) for launch in LAUNCHES * _LAYERS] + [((_HEAD,), "int8")]
+    launches: list[tuple[tuple[Shape, ...], Quantization]] = [
+        *((launch, quantization) for launch in LAUNCHES * _LAYERS),
+        ((_HEAD,), "int8"),
+    ]
     made: dict[tuple[Shape, Any], QuantLinear] = {}
     plan: list[tuple[Tensor, list[Any], list[int]]] = []
     for launch, form in launches:
@@ -304,7 +317,8 @@ def _model_of_ours(
             if (shape, form) not in made:
                 made[shape, form] = QuantLinear(torch.randn(shape), None, form)
             layer = made[shape, form]
-            weights.append(ops.Weight(layer.codes.clone(), layer.absmax.clone(), None, *shape))
+            tensors = layer.codes.clone(), layer.absmax.clone()
+            weights.append(ops.Weight(*tensors, None, *shape, ACTIVATION_BITS[activations]))
             num_bytes += layer.codes.nbytes + layer.absmax.nbytes
         plan.append((inputs[launch[0][1]], weights, [-1] * len(weights)))
 

@@ -124,6 +124,7 @@ class AdapterModule(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
+        self.__dict__["base"] = base  # found without a search: it is asked for in every pass
         self.path = path
         self.is_output = is_output
         self._host = host

@@ -34,6 +34,14 @@ SHARED_PREFIX = "base_model."
 PROMPT_KEY = "prompt_embeddings"
 
 
+class Linear(nn.Linear):
+    """nn.Linear that is not initialized under the meta device: that takes most of a file's load."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class ModulePart(nn.Module, ABC):
     """What one adapter does at one module of the base.
 

@@ -28,7 +28,7 @@ from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import AdapterConfig, register, strict
 from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
 from peftcore.ops.bottleneck import EPSILON, activation
-from peftcore.parts import ModulePart, StreamTap, assign
+from peftcore.parts import Linear, ModulePart, StreamTap, assign
 from peftcore.primitives import Bottleneck, BranchValue, Primitive
 
 if TYPE_CHECKING:
@@ -212,8 +212,8 @@ class BottleneckBlock(ModulePart):
         self.reads, self.keeps = _values(config, post_norm)
         width = config.width(branch.layer, hidden_size)
         norm = [nn.LayerNorm(hidden_size, EPSILON)] if config.ln_before else []
-        self.adapter_down = nn.Sequential(*norm, nn.Linear(hidden_size, width))
-        self.adapter_up = nn.Linear(width, hidden_size)
+        self.adapter_down = nn.Sequential(*norm, Linear(hidden_size, width))
+        self.adapter_up = Linear(width, hidden_size)
         if isinstance(config.scaling, str):
             size = 1 if config.scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(size))

@@ -29,7 +29,7 @@ from peftcore.methods.low_rank import (
 )
 from peftcore.methods.targets import lookup_pattern
 from peftcore.methods.trainable_tokens import named_tokens, token_parts
-from peftcore.parts import ModulePart
+from peftcore.parts import Linear, ModulePart
 from peftcore.primitives import BiasDelta, LowRank, OutputScale, Primitive
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ class LoraPart(LowRankPart):
         self.init = config.init_lora_weights
         self.own_forward = config.use_dora and self.dropout is not None
         self.exclusive = config.use_dora
-        self.lora_A = nn.Linear(module.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, module.out_features, bias=config.lora_bias)
+        self.lora_A = Linear(module.in_features, rank, bias=False)
+        self.lora_B = Linear(rank, module.out_features, bias=config.lora_bias)
         #: ‖W‖² of each row, made when first needed: the base does not change.
         self._base_norms: Tensor | None = None
         if config.use_dora:

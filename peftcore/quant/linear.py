@@ -33,7 +33,8 @@ Quantization = Literal["nf4", "int8", "none"]
 #: row, with a step of its own for every 64 or 128 inputs.
 Activations = Literal["float", "int16", "int8"]
 
-_ACTIVATION_BITS: dict[Activations, int] = {"float": 0, "int16": 16, "int8": 8}
+#: For the kernels.
+ACTIVATION_BITS: dict[Activations, int] = {"float": 0, "int16": 16, "int8": 8}
 #: Dequantized weights per tile: 8 MiB of float32.
 _TILE_ELEMENTS = 2 << 20
 
@@ -118,7 +119,7 @@ class QuantLinear(nn.Module):
 
     def _view(self, bias: Tensor | None) -> Any:
         shape = (self.out_features, self.in_features)
-        bits = _ACTIVATION_BITS[self.activations]
+        bits = ACTIVATION_BITS[self.activations]
         return kernels().Weight(self.codes, self.absmax, bias, *shape, activation_bits=bits)
 
     def extra_repr(self) -> str:
