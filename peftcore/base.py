@@ -131,6 +131,17 @@ class BaseModel:
             digest.update(f"{module.path} {module.in_features} {module.out_features}".encode())
         return digest.hexdigest()
 
+    def values(self) -> str:
+        """SHA-256 over the beginnings of the modules' tensors as hex: another for a model that was
+        trained on, or quantized in another way."""
+        digest = hashlib.sha256()
+        for module in self.modules.values():
+            for name, tensor in module.module.state_dict().items():
+                start = tensor.detach().reshape(-1)[:1024].cpu().contiguous()
+                digest.update(f"{module.path} {name} {tensor.dtype} {tensor.shape}".encode())
+                digest.update(start.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 def _describe(path: str, module: nn.Module, is_output: bool, is_head: bool) -> BaseModule:
     kind: Kind = "other"

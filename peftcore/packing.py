@@ -1,18 +1,24 @@
 """An adapter as one buffer: packed on the host, bound where it lies in an arena.
 
 `pack` lays a program's tensors one after another in one buffer of bytes, so that loading is one
-copy; `bind` gives the views that the layers multiply with. A low-rank update's factors are kept in
+copy; `bind` gives the views that the layers multiply with. `save_packed` keeps that buffer in a
+file, for compiling takes many times as long as the copy. A low-rank update's factors are kept in
 half precision where that changes none of their values, as when they were saved so: decoding with
 many adapters is bound by the bytes of their factors.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from peftcore.arena import aligned
@@ -163,6 +169,75 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = Fals
     return PackedAdapter(program.digest, data, layout)
 
 
+#: Of `save_packed`'s files: changes with what `pack` makes of a program.
+_VERSION = "1"
+_KINDS: dict[str, type[Primitive]] = {
+    kind.__name__: kind for kind in (*get_args(ModulePrimitive), PrefixKV, VirtualTokens)
+}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def save_packed(packed: PackedAdapter, made_for: str, path: Path) -> None:
+    """Write it to a file from which loading is one copy.
+
+    Args:
+        made_for: what it depends on beside the adapter: the base's values, the dtype.
+    """
+    places = [
+        [type(primitive).__name__, _fields_to_json(primitive), [_place_to_json(p) for p in places]]
+        for primitive, places in packed.layout
+    ]
+    metadata = _identity(packed.digest, made_for) | {"layout": json.dumps(places)}
+    save_file({"data": packed.data}, path, metadata)
+
+
+def read_packed(path: Path, digest: str, made_for: str) -> PackedAdapter | None:
+    """What `save_packed` wrote of this adapter; None where that is not there, not to be read, or
+    made for something else.
+
+    The data are mapped, not read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if not _identity(digest, made_for).items() <= metadata.items():
+                return None
+            layout = [
+                (_fields_from_json(kind, fields), tuple(map(_place_from_json, places)))
+                for kind, fields, places in json.loads(metadata["layout"])
+            ]
+            return PackedAdapter(digest, file.get_tensor("data"), layout)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _identity(digest: str, made_for: str) -> dict[str, str]:
+    return {"version": _VERSION, "digest": digest, "made_for": made_for}
+
+
+def _fields_to_json(primitive: Primitive) -> dict[str, Any]:
+    values = {f.name: getattr(primitive, f.name) for f in dataclasses.fields(primitive)}
+    return {k: {"shape": v.shape} if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _fields_from_json(kind: str, fields: dict[str, Any]) -> Primitive:
+    def value(given: Any) -> Any:
+        if isinstance(given, dict):
+            return torch.empty(given["shape"], device="meta")
+        return tuple(given) if isinstance(given, list) else given
+
+    return _KINDS[kind](**{name: value(given) for name, given in fields.items()})
+
+
+def _place_to_json(place: Place) -> list[Any]:
+    return [place.offset, list(place.shape), str(place.dtype)]
+
+
+def _place_from_json(place: list[Any]) -> Place:
+    offset, shape, dtype = place
+    return Place(offset, torch.Size(shape), _DTYPES[dtype])
+
+
 def _stored(primitive: Primitive) -> tuple[Tensor, ...]:
     """The primitive's tensors in the form in which they lie in memory."""
     if isinstance(primitive, LowRank):
@@ -269,4 +344,6 @@ __all__ = [
     "pack",
     "packed_bytes",
     "packed_elements",
+    "read_packed",
+    "save_packed",
 ]

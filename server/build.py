@@ -14,7 +14,7 @@ from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import PackedAdapter
 from peftcore.quant import Activations
 from peftcore.sources.resolve import resolve_model
-from server.adapters.admission import load_packed
+from server.adapters.admission import Packer
 from server.adapters.cache import AdapterCache, HostCache
 from server.adapters.manager import AdapterManager
 from server.adapters.store import AdapterStore, StoreError
@@ -115,8 +115,10 @@ def assemble(
     arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
     store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
 
+    packer = Packer(loaded.base, loaded.dtype)
+
     def load(digest: str) -> PackedAdapter:
-        return load_packed(store.folder(digest), digest, loaded.base, loaded.dtype)
+        return packer.load(store.folder(digest), digest)
 
     cache = AdapterCache(
         arena,
@@ -130,6 +132,7 @@ def assemble(
         store,
         loaded.base,
         base_name,
+        packer=packer,
         arena_bytes=arena.data.nbytes,
         dtype=loaded.dtype,
         residency=cache.residency,

@@ -9,8 +9,9 @@ import torch
 from peftcore.base import BaseModel
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, config_from_json
-from peftcore.packing import PackedAdapter, pack
+from peftcore.packing import PackedAdapter, pack, read_packed, save_packed
 from peftcore.program import AdapterProgram, compile_adapter
+from server.adapters.store import PACKED_NAME
 
 
 def validate(
@@ -25,10 +26,31 @@ def validate(
     return config, compile_adapter(config, TensorReader.from_file(weights), base)
 
 
-def load_packed(folder: Path, digest: str, base: BaseModel, dtype: torch.dtype) -> PackedAdapter:
-    """Compile a stored adapter, known by `digest`, to its packed form. Its values were checked
-    when it was admitted."""
-    config = config_from_json((folder / CONFIG_NAME).read_bytes())
-    tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
-    program = compile_adapter(config, tensors, base, digest=digest, check_values=False)
-    return pack(program, dtype)
+class Packer:
+    """Adapters' packed form, for one base and dtype, and the file in which it is kept.
+
+    Compiling holds Python's lock, which the engine needs too, many times as long as reading.
+    """
+
+    def __init__(self, base: BaseModel, dtype: torch.dtype) -> None:
+        self._base = base
+        self._dtype = dtype
+        self._made_for = f"{base.values()} {dtype}"
+
+    def pack(self, program: AdapterProgram) -> PackedAdapter:
+        return pack(program, self._dtype)
+
+    def save(self, packed: PackedAdapter, folder: Path) -> None:
+        """Keep it in the folder of the adapter's own files."""
+        save_packed(packed, self._made_for, folder / PACKED_NAME)
+
+    def load(self, folder: Path, digest: str) -> PackedAdapter:
+        """The packed form of a stored adapter, known by `digest`: as it was kept, or compiled anew
+        where it was not. Its values were checked when it was admitted."""
+        kept = read_packed(folder / PACKED_NAME, digest, self._made_for)
+        if kept is not None:
+            return kept
+        config = config_from_json((folder / CONFIG_NAME).read_bytes())
+        tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
+        program = compile_adapter(config, tensors, self._base, digest=digest, check_values=False)
+        return self.pack(program)

@@ -30,9 +30,9 @@ import torch
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
-from peftcore.packing import packed_bytes, packed_elements
+from peftcore.packing import PackedAdapter, packed_bytes, packed_elements
 from peftcore.program import check_mixture
-from server.adapters.admission import validate
+from server.adapters.admission import Packer, validate
 from server.adapters.cache import yield_to_engine
 from server.adapters.store import AdapterRecord, AdapterStore, Alias
 from server.engine.sequence import AdapterUse
@@ -111,6 +111,7 @@ class AdapterManager:
     Args:
         store: files and registry.
         base, base_name: what adapters attach to, and its name in requests.
+        packer: makes the form in which adapters are loaded.
         arena_bytes: the adapters' device memory. dtype: what is in it, but for half precision.
         residency: where a digest is now.
         forget: called with a digest that is gone for good.
@@ -122,6 +123,7 @@ class AdapterManager:
         base: BaseModel,
         base_name: str,
         *,
+        packer: Packer,
         arena_bytes: int,
         dtype: torch.dtype,
         residency: Callable[[str], str],
@@ -130,6 +132,7 @@ class AdapterManager:
         self.store = store
         self.base_name = base_name
         self._base = base
+        self._packer = packer
         self._arena_bytes = arena_bytes
         self._dtype = dtype
         self._residency = residency
@@ -302,7 +305,7 @@ class AdapterManager:
         self.check_name(name)
         try:
             # One at a time, on a thread that gives way to the engine.
-            record = self._worker.submit(self._validate, config, weights).result()
+            record, packed = self._worker.submit(self._validate, config, weights).result()
         except AdapterError as exc:
             raise _refusal(exc) from None
         digest = record.digest
@@ -314,6 +317,7 @@ class AdapterManager:
                 with self.store.staging() as staged:
                     (staged / CONFIG_NAME).write_bytes(config)
                     copyfile(weights, staged / WEIGHTS_NAME)
+                    self._packer.save(packed, staged)
                     self.store.put(staged, record)
                 previous = self.store.set_alias(name, digest)
                 alias = self.store.alias(name)
@@ -341,7 +345,7 @@ class AdapterManager:
         if name == self.base_name:
             raise Conflict(f"name: {name!r} is the base model's", param="name")
 
-    def _validate(self, config: bytes, weights: Path) -> AdapterRecord:
+    def _validate(self, config: bytes, weights: Path) -> tuple[AdapterRecord, PackedAdapter]:
         parsed, program = validate(config, weights, self._base)
         num_elements, num_half_elements = packed_elements(program)
         num_bytes = packed_bytes(num_elements, num_half_elements, self._dtype)
@@ -352,7 +356,7 @@ class AdapterManager:
                 param="weights",
                 code="adapter_too_large",
             )
-        return AdapterRecord(
+        record = AdapterRecord(
             digest=program.digest,
             method=parsed.peft_type,
             rank=program.max_rank,
@@ -365,6 +369,7 @@ class AdapterManager:
             file_bytes=len(config) + weights.stat().st_size,
             created_at=time.time(),
         )
+        return record, self._packer.pack(program)
 
     def num_bytes(self, record: AdapterRecord) -> int:
         """What the adapter takes of the arena."""

@@ -3,7 +3,8 @@
 Knows files and rows; nothing of tensors, of the base model, or of who uses an adapter.
 
     root/registry.sqlite                  adapters(digest …), aliases(name → digest …)
-    root/adapters/<digest>/               adapter_config.json, adapter_model.safetensors
+    root/adapters/<digest>/               adapter_config.json, adapter_model.safetensors; what they
+                                          compile to, which can be made again: packed.safetensors
     root/staging/<random>/                what is being written; nothing in it is ever read back
     root/store.lock                       held while a process has the store open
 
@@ -34,6 +35,8 @@ from server.adapters import registry
 from server.adapters.registry import StoreError
 
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
+#: May stand beside them.
+PACKED_NAME = "packed.safetensors"
 
 
 @dataclass(frozen=True)
@@ -128,17 +131,19 @@ class AdapterStore:
         the staged ones take their place.
 
         Args:
-            staged: a folder from `staging`, holding the two files and nothing else.
+            staged: a folder from `staging`, holding the two files and, if anything, their packed
+                form.
             record: what the row shall say; its `file_bytes` is replaced by the measured size.
         """
-        if sorted(os.listdir(staged)) != sorted(_FILES):
-            raise ValueError(f"a staged adapter is {_FILES}, not {os.listdir(staged)}")
+        names = sorted(os.listdir(staged))
+        if sorted({*names} - {PACKED_NAME}) != sorted(_FILES):
+            raise ValueError(f"a staged adapter is {_FILES}, not {names}")
         final = self.folder(record.digest)
         row = asdict(record) | {
             "file_bytes": sum((staged / name).stat().st_size for name in _FILES),
             "files_sha256": _hash_files(staged),
         }
-        for name in _FILES:
+        for name in names:
             _fsync(staged / name)
         _fsync(staged)
         with self._lock:
@@ -165,7 +170,7 @@ class AdapterStore:
     def _repair(self, staged: Path, final: Path, row: dict[str, Any]) -> None:
         """Replace the files one by one: the row stands, so the folder is never away."""
         final.mkdir(exist_ok=True)
-        for name in _FILES:
+        for name in os.listdir(staged):
             _remove(final / name, only_folders=True)
             os.replace(staged / name, final / name)
         _fsync(final)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +21,14 @@ from peftcore.ops.tiles import num_tiles, tiled, untiled
 from peftcore.packing import (
     BoundAdapter,
     ModuleWeights,
+    PackedAdapter,
     Place,
     bind,
     pack,
     packed_bytes,
     packed_elements,
+    read_packed,
+    save_packed,
 )
 from peftcore.primitives import (
     BiasDelta,
@@ -107,8 +112,11 @@ def in_arena(
     before: int = 3,
     linears: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[BoundAdapter, AdapterArena, int]:
-    """The program bound in an arena of bytes after `before` alignments of something else."""
-    packed = pack(program, dtype)
+    """The program bound in an arena of bytes after `before` alignments of something else.
+
+    On its way there it was in a file.
+    """
+    packed = through_a_file(pack(program, dtype))
     assert packed.digest == program.digest
     assert packed.data.dtype == torch.uint8
     assert packed.data.dim() == 1
@@ -123,6 +131,19 @@ def in_arena(
     assert offset == before * ALIGNMENT
     arena.data[offset : offset + len(packed.data)] = packed.data
     return bind(packed.digest, packed.layout, arena.data, offset, linears), arena, offset
+
+
+def through_a_file(packed: PackedAdapter) -> PackedAdapter:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "packed.safetensors")
+        save_packed(packed, "a base", path)
+        found = read_packed(path, packed.digest, "a base")
+        assert read_packed(path, packed.digest, "another") is None
+        assert read_packed(path, "another", "a base") is None
+    assert found is not None
+    assert torch.equal(found.data, packed.data)
+    assert [places for _, places in found.layout] == [places for _, places in packed.layout]
+    return found
 
 
 def assert_disjoint(places: Sequence[Place], num_bytes: int) -> None:
