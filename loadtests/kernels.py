@@ -18,7 +18,8 @@ columns:
     ms, x       of one call, the median; how many times faster than the baseline, above 1 is faster
     GFLOP/s     2 · rows · out · in / time, whatever a contender multiplies in
     GB/s        bytes of weights (adapters, keys and values) in their own form / time
-    limit       the least time that the machine's measured limits allow / the time taken
+    limit       the least time that the machine's measured limits allow / the time taken; of float32
+                arithmetic, which dot products of bytes can pass
     error       of the result, against float64 over the weights before any quantization
 
 A third busy process on two cores stalls every parallel region until it is put aside, 8 ms here,
