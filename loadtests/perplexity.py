@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -36,7 +37,9 @@ from server.models.loader import LoadedModel, load_model
 
 _BLOCK_SIZE = 16
 #: Tokens of a forward pass, where texts are not longer.
-_PASS_TOKENS = 1024
+_PASS_TOKENS = 512
+#: Rows whose probabilities are made at a time: those of a large vocabulary are megabytes each.
+_LOSS_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ def losses(loaded: LoadedModel, texts: Sequence[list[int]], pool_dtype: torch.dt
     total = 0.0
     for chunk, text in zip(chunks, texts, strict=True):
         logits = output.logits[0, chunk.start : chunk.end - 1].float()
-        targets = torch.tensor(text[1:])
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        rows = zip(logits.split(_LOSS_ROWS), torch.tensor(text[1:]).split(_LOSS_ROWS), strict=True)
+        total += sum(float(cross_entropy(part, target, reduction="sum")) for part, target in rows)
     return total
 
 
