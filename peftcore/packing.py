@@ -210,9 +210,11 @@ def read_packed(path: Path, digest: str, made_for: str) -> PackedAdapter | None:
                 (_fields_from_json(kind, fields), tuple(map(_place_from_json, places)))
                 for kind, fields, places in json.loads(metadata["layout"])
             ]
-            return PackedAdapter(digest, file.get_tensor("data"), layout)
-    except (OSError, SafetensorError):
+            data = file.get_tensor("data")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+    ends = [p.offset + p.shape.numel() * p.dtype.itemsize for _, places in layout for p in places]
+    return PackedAdapter(digest, data, layout) if max(ends, default=0) <= len(data) else None
 
 
 def _identity(digest: str, made_for: str) -> dict[str, str]:

@@ -318,7 +318,7 @@ class AdapterCache:
             self.arena.data[offset : offset + packed.num_bytes].copy_(packed.data)
             layout = packed.layout
             del packed
-            trim_malloc()  # what compiling took lies between what stays
+            trim_malloc()  # what checks and compiling took lies between what stays
         except Exception as exc:
             error = exc
         self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start))

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from peftcore.packing import PackedAdapter
 from server.adapters.manager import Lease
+from server.adapters.store import PACKED_NAME
 from server.engine.scheduler import Batch
 from server.engine.sequence import SamplingParams
 from server.errors import AdapterLoadFailed, NotFound, ServerError
@@ -341,12 +342,17 @@ def test_a_failing_step_ends_its_requests_only(world: World, runtime: Runtime) -
     all_is_back(runtime)
 
 
+def damage(runtime: Runtime, digest: str) -> None:
+    """Cut a stored adapter's weights, and lose what they were compiled to."""
+    folder = runtime.adapters.store.folder(digest)
+    (folder / PACKED_NAME).unlink()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
 def test_a_damaged_file_fails_its_own_requests(world: World, runtime: Runtime) -> None:
     version = world.versions["lora-r4"][0]
-    digest = register(runtime, "bad", version)
-    weights = runtime.adapters.store.folder(digest) / "adapter_model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[: len(good) // 2])
+    damage(runtime, register(runtime, "bad", version))
 
     async def main() -> None:
         with pytest.raises(ServerError, match="not a readable safetensors file"):
@@ -363,8 +369,7 @@ def test_a_damaged_file_fails_its_own_requests(world: World, runtime: Runtime) -
 
 
 def test_all_who_wait_for_a_load_that_fails_are_told(world: World, runtime: Runtime) -> None:
-    digest = register(runtime, "bad", world.versions["lora-r4"][0])
-    (runtime.adapters.store.folder(digest) / "adapter_model.safetensors").write_bytes(b"damaged")
+    damage(runtime, register(runtime, "bad", world.versions["lora-r4"][0]))
 
     async def main() -> None:
         waiting = [

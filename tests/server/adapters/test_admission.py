@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from peftcore.packing import PackedAdapter
 from server.adapters import admission
@@ -55,13 +57,20 @@ def test_a_registered_adapter_is_loaded_without_compiling(
     assert torch.equal(world.load().data, kept.data)
 
 
-@pytest.mark.parametrize("damage", ["none", "empty", "cut", "text"])
+@pytest.mark.parametrize("damage", ["none", "empty", "cut", "text", "layout", "kind", "short"])
 def test_what_cannot_be_read_is_compiled(world: World, damage: str) -> None:
     expected, path = world.load().data.clone(), world.folder / PACKED_NAME
     whole = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
     path.unlink()
-    if damage != "none":
+    if damage in ("empty", "cut", "text"):
         path.write_bytes({"empty": b"", "cut": whole[:-1], "text": b"{}" * 50}[damage])
+    elif damage != "none":
+        layout = metadata["layout"]
+        changed = {"layout": layout[:-1], "kind": layout.replace("LowRank", "HighRank")}
+        data = expected[:-64] if damage == "short" else expected
+        save_file({"data": data.clone()}, path, metadata | {"layout": changed.get(damage, layout)})
     assert torch.equal(world.load().data, expected)
 
 
