@@ -128,7 +128,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     texts = [tokenizer(text)["input_ids"] for text in read_texts(args.data, args.lines)]
     num_targets = sum(len(text) - 1 for text in texts)
     forms = [
-        form for form in FORMS if form == REFERENCE or kernels() is not None or not _rounds(form)
+        form
+        for form in FORMS
+        if form == REFERENCE
+        or (form.quantization in args.weights and (kernels() is not None or not _rounds(form)))
     ]
     found: dict[Form, float] = {}
     for form in forms:

@@ -65,6 +65,14 @@ def test_every_form_is_measured(
     assert "nf4" in capsys.readouterr().out
 
 
+def test_forms_of_some_weights(folder: Path, tmp_path: Path) -> None:
+    data, out = texts_file(tmp_path / "data.jsonl", {"text": "abc"}), tmp_path / "result.json"
+    flags = ["--data", str(data), "--model", str(folder), "--json", str(out)]
+    perplexity.main([*flags, "--weights", "nf4"])
+    weights = [form["quantization"] for form in json.loads(out.read_text())["forms"]]
+    assert weights == ["none", "nf4", "nf4", "nf4"]
+
+
 def test_texts_are_put_together_up_to_the_tokens_of_a_pass() -> None:
     texts = [[0] * n for n in (3, 4, 9, 1, 2)]
     assert [[len(t) for t in p] for p in perplexity.passes(texts, 7)] == [[3, 4], [9], [1, 2]]
