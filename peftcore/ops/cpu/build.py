@@ -88,6 +88,8 @@ def load() -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "build.lock"):
             if not library.is_file():
+                # torch's own lock, left by a process that was killed: it would be waited for.
+                (folder / "lock").unlink(missing_ok=True)
                 _build(folder, flags)
     try:
         return _import(library)
