@@ -1,6 +1,20 @@
 """Shared by all tests."""
 
+from pathlib import Path
+
+import pytest
 import torch
+
+from tests import tiny
 
 # Tiny models gain nothing from a second thread, and lose much where other work shares the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder, as it is loaded by its path."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(folder)
+    tiny.hf_tokenizer().save_pretrained(folder)
+    return folder

@@ -14,14 +14,6 @@ from server.models.loader import load_model
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.llama().save_pretrained(folder)
-    tiny.hf_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def texts_file(path: Path, *lines: object) -> Path:
     path.write_text(
         "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
@@ -29,7 +21,7 @@ def texts_file(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_losses_are_transformers(folder: Path) -> None:
+def test_losses_are_transformers(model_folder: Path) -> None:
     """Of texts of several lengths in one pass: what the model's own loss of each adds up to."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 200, (n,), generator=generator).tolist() for n in (2, 16, 40, 17)]
@@ -39,18 +31,18 @@ def test_losses_are_transformers(folder: Path) -> None:
             float(model(torch.tensor([text]), labels=torch.tensor([text])).loss) * (len(text) - 1)
             for text in texts
         )
-    loaded = load_model(folder, "none", torch.device("cpu"))
+    loaded = load_model(model_folder, "none", torch.device("cpu"))
     assert perplexity.losses(loaded, texts, torch.float32) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_form_is_measured(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     data = texts_file(
         tmp_path / "data.jsonl", {"question": "One and two?", "answer": "Three."}, {"text": "abc"}
     )
     out = tmp_path / "result.json"
-    perplexity.main(["--data", str(data), "--model", str(folder), "--json", str(out)])
+    perplexity.main(["--data", str(data), "--model", str(model_folder), "--json", str(out)])
     found = {
         (form["quantization"], form["activations"], form["kv_cache"]): form
         for form in json.loads(out.read_text())["forms"]
@@ -65,9 +57,9 @@ def test_every_form_is_measured(
     assert "nf4" in capsys.readouterr().out
 
 
-def test_forms_of_some_weights(folder: Path, tmp_path: Path) -> None:
+def test_forms_of_some_weights(model_folder: Path, tmp_path: Path) -> None:
     data, out = texts_file(tmp_path / "data.jsonl", {"text": "abc"}), tmp_path / "result.json"
-    flags = ["--data", str(data), "--model", str(folder), "--json", str(out)]
+    flags = ["--data", str(data), "--model", str(model_folder), "--json", str(out)]
     perplexity.main([*flags, "--weights", "nf4"])
     weights = [form["quantization"] for form in json.loads(out.read_text())["forms"]]
     assert weights == ["none", "nf4", "nf4", "nf4"]

@@ -17,14 +17,6 @@ from tests import tiny
 from tests.recorder import Recorder
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.llama().save_pretrained(folder)
-    tiny.hf_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def settings(folder: Path, data: Path, **changes: Any) -> Settings:
     return Settings(
         model=str(folder), data_dir=data, kv_memory="1MiB", adapter_memory="1MiB", device="cpu",
