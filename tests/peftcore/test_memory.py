@@ -128,11 +128,8 @@ from peftcore.memory import bound_malloc, trim_malloc
 bound_malloc()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-large = []
-for _ in range(1000):
-    large.append(libc.malloc(ctypes.c_size_t(100_000)))
-    libc.malloc(ctypes.c_size_t(100))  # stays
-for block in large:
+blocks = [libc.malloc(ctypes.c_size_t(100_000)) for _ in range(2000)]
+for block in blocks[::2]:  # the others stay, and what lies between them is no longer in use
     ctypes.memset(block, 1, 100_000)
     libc.free(ctypes.c_void_p(block))
 def resident():
