@@ -55,8 +55,12 @@ REFERENCE = Form("none")
 FORMS = (
     REFERENCE,
     Form("none", kv_cache="float16"),
-    *(Form("int8", a) for a in ("float", "int16", "int8")),
-    *(Form("nf4", a) for a in ("float", "int16", "int8")),
+    *(
+        Form(quantization, activations)
+        for quantization in ("int8", "nf4")
+        for activations in ("float", "int16", "int8")
+    ),
+    *(Form(quantization, "int16", "float16") for quantization in ("int8", "nf4")),
 )
 
 

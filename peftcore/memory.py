@@ -15,7 +15,7 @@ from torch import Tensor
 _MALLOPT = {
     -8: 1,  # M_ARENA_MAX: one heap for all threads
     -3: 4 << 20,  # M_MMAP_THRESHOLD: larger blocks are pages of their own, and go when freed
-    -1: 32 << 20,  # M_TRIM_THRESHOLD: most that is kept free at the heap's end
+    -1: 8 << 20,  # M_TRIM_THRESHOLD: most that is kept free at the heap's end
 }
 
 

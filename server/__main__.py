@@ -24,7 +24,7 @@ def main() -> None:
         flag = "--" + "-".join(str(p) for p in first["loc"]).replace("_", "-")
         sys.exit(f"polypeft-serve: {flag}: {first['msg']}")
     # What follows takes seconds to import; --help does not wait for it.
-    from peftcore.memory import bound_malloc
+    from peftcore.memory import bound_malloc, trim_malloc
     from peftcore.sources.resolve import ModelSourceError
     from server.api.app import create_app
     from server.build import SetupError, build_runtime, preload
@@ -39,8 +39,10 @@ def main() -> None:
             preload(runtime, settings.preload)
     except (SetupError, ModelSourceError, UnservableModel) as exc:
         sys.exit(f"polypeft-serve: {exc}")
+    app = create_app(runtime)
+    trim_malloc()  # what loading took for a time lies between what stays
     uvicorn.run(
-        create_app(runtime),
+        app,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=_SECONDS_TO_FINISH,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -80,13 +81,19 @@ def _activations(settings: Settings, device: torch.device) -> Activations | None
     return asked
 
 
+def _kv_dtype(settings: Settings, loaded: LoadedModel) -> torch.dtype:
+    """Half precision costs nothing beside codes, where the CPU kernels read it."""
+    if settings.kv_cache_dtype != "auto":
+        return cast(torch.dtype, getattr(torch, settings.kv_cache_dtype))
+    halves = loaded.device.type == "cpu" and kernels() is not None
+    return torch.float16 if halves and loaded.quantization != "none" else loaded.dtype
+
+
 def assemble(
     settings: Settings, loaded: LoadedModel, tokenizer: Tokenizer, base_name: str
 ) -> Runtime:
     """A runtime around a model in memory. Raises SetupError."""
-    kv_dtype = loaded.dtype
-    if settings.kv_cache_dtype != "auto":
-        kv_dtype = getattr(torch, settings.kv_cache_dtype)
+    kv_dtype = _kv_dtype(settings, loaded)
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     num_blocks = settings.kv_memory // block_bytes
     capacity = num_blocks * settings.block_size

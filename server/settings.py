@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     )
     block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="how keys and values are kept; auto: as the model computes"
+        "auto",
+        description="how keys and values are kept; auto: float16 beside a quantized base on a CPU "
+        "with kernels, else as the model computes",
     )
     kv_memory: Size = Field(  # type: ignore[assignment]
         "1GiB", description="memory of the KV cache"

@@ -133,14 +133,15 @@ def hf_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def runtime(model: PreTrainedModel, data_dir: Path, **changes: Any) -> Runtime:
-    """A runtime around a copy of `model`; not started."""
+    """A runtime around a copy of `model`; not started.
+
+    Nothing but its weights is rounded, so that it can be compared with other implementations.
+    """
     quantization = changes.pop("quantization", "none")
     activations = changes.pop("activations", "float")
     base_name = changes.pop("base_name", "tiny")
-    settings = Settings(
-        data_dir=data_dir,
-        **({"kv_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 8} | changes),
-    )
+    small = {"kv_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 8}
+    settings = Settings(data_dir=data_dir, **({"kv_cache_dtype": "float32"} | small | changes))
     device = torch.device("cpu")
     loaded = prepare_model(copy.deepcopy(model), quantization, device, activations)
     return assemble(settings, loaded, tokenizer(), base_name)

@@ -47,10 +47,15 @@ class KVPool:
         return elements * block_size * dtype.itemsize
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys `[n, heads, head_dim]` and values into `slots` `[n]`."""
+        """Put keys `[n, heads, head_dim]` and values into `slots` `[n]`.
+
+        What the pool's dtype cannot hold becomes its largest number, not infinite.
+        """
         block, place = slots // self.block_size, slots % self.block_size
-        self.keys[layer][block, :, :, place] = keys.to(self.keys[layer].dtype)
-        self.values[layer][block, :, place] = values.to(self.values[layer].dtype)
+        dtype = self.keys[layer].dtype
+        most = torch.finfo(dtype).max
+        self.keys[layer][block, :, :, place] = keys.clamp(-most, most).to(dtype)
+        self.values[layer][block, :, place] = values.clamp(-most, most).to(dtype)
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `[n, heads, head_dim]` and values of `slots` `[n]`, in fresh memory."""

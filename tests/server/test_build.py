@@ -84,6 +84,16 @@ def test_a_half_cache_changes_logits_by_little(tmp_path: Path, quantization: str
     assert 0 < float((half - whole).abs().max()) < 5e-3 * float(whole.std())
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_auto_is_a_half_cache_beside_codes(tmp_path: Path, quantization: str) -> None:
+    runtime = tiny.runtime(
+        tiny.llama(), tmp_path, quantization=quantization, kv_cache_dtype="auto"
+    )  # fmt: skip
+    runtime.close()
+    half = quantization == "int8" and kernels() is not None
+    assert runtime.facts["kv_cache_dtype"] == ("float16" if half else "float32")
+
+
 def test_a_half_cache_holds_twice_as_much(tmp_path: Path) -> None:
     blocks = {}
     for dtype in ("auto", "float32", "float16"):

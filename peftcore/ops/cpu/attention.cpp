@@ -208,6 +208,10 @@ struct Attention {
   }
 };
 
+// A value as the cache keeps it: what half precision cannot hold becomes its largest, not infinite.
+float within(const Half*, float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
+float within(const float*, float x) { return x; }
+
 template <class T>
 void write_as(const Cache& cache, const int64_t* slots, int64_t num_rows, Heads keys, Heads values,
               const Rotary& rotary) {
@@ -218,10 +222,10 @@ void write_as(const Cache& cache, const int64_t* slots, int64_t num_rows, Heads 
       const int64_t at = block * cache.kv_heads + head;
       rotate(keys.at(row, head), rotary, row, cache.dim, rotated);
       T* key = static_cast<T*>(cache.keys) + at * cache.dim * cache.block_size + place;
-      for (int64_t d = 0; d < cache.dim; ++d) key[d * cache.block_size] = rotated[d];
+      for (int64_t d = 0; d < cache.dim; ++d) key[d * cache.block_size] = within(key, rotated[d]);
       T* value = static_cast<T*>(cache.values) + (at * cache.block_size + place) * cache.v_dim;
       const float* from = values.at(row, head);
-      for (int64_t d = 0; d < cache.v_dim; ++d) value[d] = from[d];
+      for (int64_t d = 0; d < cache.v_dim; ++d) value[d] = within(value, from[d]);
     }
   });
 }

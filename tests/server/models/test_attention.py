@@ -203,6 +203,21 @@ def test_a_pool_of_less_precision(dtype: torch.dtype, by: str) -> None:
             assert 0 < (got - want).abs().max() < 0.05
 
 
+def test_what_half_precision_cannot_hold_is_its_largest_number(by: str) -> None:
+    """An infinite key would make the weights of all positions NaN."""
+    paged = Paged([3], 4, 2, 8, 8)
+    paged.k[0][1, 0], paged.v[0][2, 0] = 1e6, -1e6
+    paged.pool = KVPool(
+        [(2, 8, 8)] * 2, num_blocks=paged.pool.num_blocks, block_size=paged.SIZE,
+        dtype=torch.float16, device=CPU,
+    )  # fmt: skip
+    (out,) = paged.step([(0, 0, 3)])
+    assert out.isfinite().all()
+    keys, values = paged.pool.read(1, paged.slots[0][:3])
+    assert keys.max() == 65504
+    assert values.min() == -65504
+
+
 def test_there_is_no_attention_outside_of_a_step() -> None:
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(RuntimeError, match="outside of forward_context"):
