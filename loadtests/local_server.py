@@ -21,7 +21,7 @@ class LocalServer:
     """A server that answers.
 
     Attributes:
-        seconds: from the start of its process to its first answer.
+        seconds: from the start of its process until it took requests.
     """
 
     url: str
@@ -31,7 +31,7 @@ class LocalServer:
 
 @contextmanager
 def local_server(flags: Sequence[str], *, max_seconds: float = 300) -> Iterator[LocalServer]:
-    """Run `polypeft-serve` with `flags`; yields once it answers.
+    """Run `polypeft-serve` with `flags`; yields once it takes requests.
 
     Raises:
         RuntimeError: it ended, or did not answer within `max_seconds`.
@@ -51,7 +51,7 @@ def local_server(flags: Sequence[str], *, max_seconds: float = 300) -> Iterator[
                     log.seek(0)
                     raise RuntimeError(f"the server ended: {log.read().decode()[-2000:]}")
                 try:
-                    if http.get(f"{url}/health").status_code == 200:
+                    if http.get(f"{url}/ready").status_code == 200:
                         break
                 except httpx.TransportError:
                     pass

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+from functools import partial
 
-import uvicorn
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_settings import CliApp, SettingsError
 
+from server import logs
 from server.settings import Settings
-
-#: How long running requests may go on after a signal to stop.
-_SECONDS_TO_FINISH = 10
 
 
 def main() -> None:
-    """Parse the flags and serve until interrupted."""
+    """Parse the settings and serve until interrupted."""
     try:
         settings = CliApp.run(Settings)
+    except SettingsError as exc:
+        sys.exit(f"polypeft-serve: {exc}")
     except ValidationError as exc:
-        first = exc.errors()[0]
+        first = exc.errors(include_input=False)[0]
         flag = "--" + "-".join(str(p) for p in first["loc"]).replace("_", "-")
         sys.exit(f"polypeft-serve: {flag}: {first['msg']}")
+    logs.configure(settings.log_format, settings.log_level)
+    serve(settings)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal; exits with a message where that is not possible."""
     # What follows takes seconds to import; --help does not wait for it.
-    from peftcore.memory import bound_malloc, trim_malloc
+    from peftcore.memory import bound_malloc
     from peftcore.sources.resolve import ModelSourceError
     from server.api.app import create_app
-    from server.build import SetupError, build_runtime, preload
+    from server.api.keys import key_ring
+    from server.api.lifecycle import Server
+    from server.build import SetupError, build_runtime
     from server.models.probe import UnservableModel
 
     bound_malloc()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        runtime = build_runtime(settings)
-        if settings.preload is not None:
-            preload(runtime, settings.preload)
-    except (SetupError, ModelSourceError, UnservableModel) as exc:
+        ring = key_ring(settings)
+    except ValueError as exc:
         sys.exit(f"polypeft-serve: {exc}")
-    app = create_app(runtime)
-    trim_malloc()  # what loading took for a time lies between what stays
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
-    )
+    app = create_app(partial(build_runtime, settings), settings, ring)
+    try:
+        Server(app, host=settings.host, port=settings.port).run()
+    except KeyboardInterrupt:  # raised again by uvicorn once it has drained
+        sys.exit(130)
+    failure = app.state.lifecycle.failure
+    if isinstance(failure, SetupError | ModelSourceError | UnservableModel):
+        sys.exit(f"polypeft-serve: {failure}")
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

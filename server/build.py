@@ -11,6 +11,7 @@ import torch
 from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.memory import trim_malloc
 from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import PackedAdapter
 from peftcore.quant import Activations
@@ -24,7 +25,7 @@ from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
-from server.errors import ServerError
+from server.errors import Conflict, ServerError
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel, load_model
 from server.runtime import Runtime
@@ -42,7 +43,8 @@ class SetupError(Exception):
 
 
 def build_runtime(settings: Settings) -> Runtime:
-    """Resolve and load the model, open the store, size the pools. The engine is not started.
+    """Resolve and load the model, open the store, size the pools, register what is preloaded. The
+    engine is not started.
 
     Raises:
         ModelSourceError, UnservableModel: the model cannot be had, or not be served.
@@ -56,7 +58,11 @@ def build_runtime(settings: Settings) -> Runtime:
     activations = _activations(settings, device)
     loaded = load_model(folder.path, settings.quantization, device, activations)
     tokenizer = Tokenizer.from_folder(folder.path)
-    return assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
+    runtime = assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
+    if settings.preload is not None:
+        preload(runtime, settings.preload)
+    trim_malloc()  # what loading took for a time lies between what stays
+    return runtime
 
 
 def _device(settings: Settings) -> torch.device:
@@ -143,8 +149,15 @@ def assemble(
         arena_bytes=arena.data.nbytes,
         dtype=loaded.dtype,
         residency=cache.residency,
+        tier=cache.tier,
         forget=lambda digest: runtime.forget(digest),
+        keep=lambda digests: runtime.keep(digests),
     )
+    try:
+        adapters.check_pins()
+    except Conflict as exc:
+        adapters.close()
+        raise SetupError(f"--adapter-memory: {exc.message}") from exc
     scheduler = Scheduler(
         BlockManager(num_blocks, settings.block_size),
         cache,
@@ -165,7 +178,8 @@ def assemble(
         tokenizer,
         base_name=base_name,
         max_model_len=max_model_len,
-        max_upload=settings.max_upload,
+        max_waiting=settings.max_waiting,
+        request_timeout=settings.request_timeout,
         facts={
             "model": base_name,
             "quantization": loaded.quantization,

@@ -2,12 +2,15 @@
 
 Two kinds of metric: events are recorded as they happen, by the methods; everything that the engine
 keeps count of itself is mirrored from the mapping last given to `update`. Labels take few values:
-routes, status codes, tiers; never a client's words.
+routes, status codes, tiers, and at most `MAX_ADAPTER_LABELS` registered adapters; never a client's
+words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -34,6 +37,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "num_prompt_tokens": ("prefix_query_tokens", "Prompt positions looked up in the KV cache."),
         "num_prefix_hit_tokens": ("prefix_hit_tokens", "Prompt positions found in the KV cache."),
         "num_adapter_hits": ("adapter_hits", "Admissions that found their adapter resident."),
+        "num_adapter_misses": ("adapter_misses", "Admissions that had to load their adapter."),
         "num_adapter_loads": ("adapter_loads", "Adapters brought to the device."),
         "num_adapter_evictions": ("adapter_evictions", "Adapters evicted from the device."),
         "num_adapter_failures": ("adapter_failures", "Adapters that could not be loaded."),
@@ -59,9 +63,34 @@ _TIERED_HELP: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: Most adapters that have a label of their own: those registered first. The others share one.
+MAX_ADAPTER_LABELS = 100
+#: What no adapter can be called.
+BASE, MIXTURE, OTHER = "_base", "_mixture", "_other"
+
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+@dataclass(frozen=True)
+class AdapterUsage:
+    """What the registry and the engine say of adapters at one moment.
+
+    Attributes:
+        names: all registered ones, in the order of their registration.
+        num_by_tier: how many digests lie on the device, in host memory, on disk.
+        running, waiting: names that sequences run with, and wait for.
+        max_resident: how many adapters of the registered ones' mean size the device holds.
+        num_pinned: names that are pinned.
+    """
+
+    names: Sequence[str] = ()
+    num_by_tier: Mapping[str, int] = field(default_factory=dict)
+    running: Sequence[str] = ()
+    waiting: Sequence[str] = ()
+    max_resident: int = 0
+    num_pinned: int = 0
 
 
 class Metrics:
@@ -100,6 +129,21 @@ class Metrics:
             buckets=_NEXT_TOKEN_BUCKETS,
             registry=self.registry,
         )
+        self._adapter_requests = Counter(
+            "polypeft_adapter_requests",
+            "Requests that generated, by adapter.",
+            ["adapter"],
+            registry=self.registry,
+        )
+        self._adapter_tokens = Counter(
+            "polypeft_adapter_tokens",
+            "Tokens of requests that ended, by adapter; kind is prompt or generated.",
+            ["adapter", "kind"],
+            registry=self.registry,
+        )
+        self._labels: set[str] = set()
+        for label in (BASE, MIXTURE, OTHER):
+            self._add_label(label)
         self._mirror = _Mirror()
         self.registry.register(self._mirror)
 
@@ -120,6 +164,41 @@ class Metrics:
 
     def generated(self, num_tokens: int) -> None:
         self._generated_tokens.inc(num_tokens)
+
+    def used(self, adapters: Sequence[str], num_prompt: int, num_generated: int) -> None:
+        """A request that generated has ended.
+
+        Args:
+            adapters: registered names; empty for the base.
+            num_prompt, num_generated: its tokens.
+        """
+        label = BASE if not adapters else MIXTURE if len(adapters) > 1 else adapters[0]
+        if label not in self._labels:
+            label = OTHER
+        self._adapter_requests.labels(label).inc()
+        self._adapter_tokens.labels(label, "prompt").inc(num_prompt)
+        self._adapter_tokens.labels(label, "generated").inc(num_generated)
+
+    def update_adapters(self, usage: AdapterUsage) -> None:
+        """Mirror the adapters. One that is registered has its series before it is first used and
+        however long it idles; they go when it is deleted."""
+        registered = set(usage.names)
+        for label in self._labels - registered - {BASE, MIXTURE, OTHER}:
+            self._labels.discard(label)
+            self._adapter_requests.remove(label)
+            for kind in ("prompt", "generated"):
+                self._adapter_tokens.remove(label, kind)
+        for name in usage.names:
+            if len(self._labels) == MAX_ADAPTER_LABELS + 3:
+                break
+            self._add_label(name)
+        self._mirror.usage = usage
+
+    def _add_label(self, label: str) -> None:
+        self._labels.add(label)
+        self._adapter_requests.labels(label)
+        for kind in ("prompt", "generated"):
+            self._adapter_tokens.labels(label, kind)
 
     def update(self, stats: Mapping[str, float]) -> None:
         """Mirror the engine's own counts; cheap, and safe from any thread.
@@ -144,6 +223,7 @@ class _Mirror(Collector):
 
     def __init__(self) -> None:
         self.stats: Mapping[str, float] = {}
+        self.usage: AdapterUsage | None = None
 
     def collect(self) -> Iterable[Metric]:
         stats = self.stats
@@ -160,3 +240,30 @@ class _Mirror(Collector):
                     metric.add_metric([tier], stats[key])
             if metric.samples:
                 yield metric
+        if self.usage is not None:
+            yield from _adapter_metrics(self.usage)
+
+
+def _adapter_metrics(usage: AdapterUsage) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "polypeft_registered_adapters", "Names of adapters.", value=len(usage.names)
+    )
+    yield GaugeMetricFamily(
+        "polypeft_pinned_adapters", "Names of adapters that are pinned.", value=usage.num_pinned
+    )
+    tiers = GaugeMetricFamily(
+        "polypeft_adapters", "Adapters by the fastest tier they lie on.", labels=["tier"]
+    )
+    for tier, num_adapters in usage.num_by_tier.items():
+        tiers.add_metric([tier], num_adapters)
+    yield tiers
+    # vLLM's gauge, which routers read: names in the labels, the time as the value. One sample,
+    # where vLLM keeps one for every combination that there ever was.
+    lora = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Running stats on lora requests.",
+        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    )
+    labels = [str(usage.max_resident), ",".join(usage.running), ",".join(usage.waiting)]
+    lora.add_metric(labels, time.time())
+    yield lora

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,10 +21,21 @@ from typing import Any, Literal
 from server.adapters.manager import AdapterManager, Lease
 from server.engine.engine import Engine, StepOutput
 from server.engine.sequence import SampledToken, SamplingParams, Sequence
-from server.errors import BadRequest, ContextTooLong, ServerError, Unavailable
+from server.errors import (
+    BadRequest,
+    ContextTooLong,
+    DeadlineExceeded,
+    QueueFull,
+    ServerError,
+    Unavailable,
+)
+from server.metrics import AdapterUsage
 from server.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+#: The longest time, in seconds, that a client is told to stay away when the queue is full.
+_MAX_RETRY_AFTER = 60
 
 
 @dataclass(frozen=True)
@@ -38,11 +50,11 @@ class ChoiceDelta:
 
 
 class _Channel:
-    """The event loop's end of one request."""
+    """The event loop's end of one request. An error in the queue ends it; None is the engine's."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[StepOutput | ServerError | None] = asyncio.Queue()
 
 
 class Runtime:
@@ -52,6 +64,10 @@ class Runtime:
         base_name: the base model's name in requests.
         created: when it was loaded, in seconds since the epoch.
         max_model_len: longest context in tokens.
+
+    Args:
+        max_waiting: most sequences beyond those that one step can hold.
+        request_timeout: seconds from the start of `generate` to its end, or None.
     """
 
     def __init__(
@@ -63,14 +79,16 @@ class Runtime:
         base_name: str,
         max_model_len: int,
         facts: Mapping[str, Any],
-        max_upload: int,
+        max_waiting: int,
+        request_timeout: float | None,
     ) -> None:
         self.adapters = adapters
         self.tokenizer = tokenizer
         self.base_name = base_name
         self.created = int(time.time())
         self.max_model_len = max_model_len
-        self.max_upload = max_upload
+        self.max_waiting = max_waiting
+        self.request_timeout = request_timeout
         self.facts = dict(facts)
         self.engine = engine
         self._commands: deque[Callable[[], None]] = deque()
@@ -78,12 +96,15 @@ class Runtime:
         self._stopping = False
         self._failure: BaseException | None = None
         self._channels: dict[str, _Channel] = {}
+        self._num_live = 0  # sequences that `generate` has not seen the end of
+        self._mean_seconds = 1.0  # of late requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- the event loop's side -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine's thread."""
+        """Start the engine's thread; it begins to load what is pinned."""
+        self.keep(self.adapters.pinned())
         self._thread.start()
 
     def close(self) -> None:
@@ -109,6 +130,9 @@ class Runtime:
             BadRequest: an empty prompt, or a token outside the vocabulary.
             ContextTooLong: prompt and max_tokens do not fit.
             Unavailable: the engine has stopped.
+
+        Raises, at any time:
+            DeadlineExceeded: after `request_timeout` seconds. What ran of it has been aborted.
         """
         self._check(prompt_token_ids, params, lease)
         request_id = uuid.uuid4().hex
@@ -125,13 +149,18 @@ class Runtime:
             for i in range(n)
         ]
         channel = self._channels[request_id] = _Channel()
+        self._num_live += n
         self._command(lambda: self.engine.add(*sequences))
         num_left = n
+        start = time.monotonic()
+        deadline = self._start_deadline(channel.loop, request_id)
         try:
             while num_left:
                 output = await channel.queue.get()
                 if output is None:
                     raise Unavailable("the engine has stopped")
+                if isinstance(output, ServerError):
+                    raise output
                 if output.error is not None:
                     if isinstance(output.error, ServerError):
                         raise output.error
@@ -146,14 +175,53 @@ class Runtime:
                     output.finish_reason,  # type: ignore[arg-type]
                     output.num_cached_tokens,
                 )
+            self._mean_seconds += 0.1 * (time.monotonic() - start - self._mean_seconds)
         finally:
+            if deadline is not None:
+                deadline.cancel()
             del self._channels[request_id]
+            self._num_live -= n
             if num_left:
                 self._command(lambda: self.engine.abort(request_id))
 
+    def _start_deadline(
+        self, loop: asyncio.AbstractEventLoop, request_id: str
+    ) -> asyncio.TimerHandle | None:
+        """One timer a request: it costs the tokens nothing."""
+        if self.request_timeout is None:
+            return None
+        error = DeadlineExceeded(
+            f"the request was not finished within request_timeout, {self.request_timeout:g} s; "
+            "ask for fewer tokens",
+            code="request_timeout",
+        )
+        return loop.call_later(self.request_timeout, self._abort, request_id, error)
+
+    def _abort(self, request_id: str, error: ServerError) -> None:
+        """End a request here and in the engine, though its client may not be reading."""
+        self._channels[request_id].queue.put_nowait(error)
+        self._command(lambda: self.engine.abort(request_id))
+
+    def abort_all(self, error: ServerError) -> None:
+        """End every request with `error`; from the event loop's thread."""
+        for request_id in list(self._channels):
+            self._abort(request_id, error)
+
+    def check_queue(self) -> None:
+        """Raises QueueFull while as many sequences wait as may. A request that finds room is taken
+        as a whole, however many sequences it is."""
+        num_places = self.engine.scheduler.max_num_seqs
+        num_waiting = self._num_live - num_places
+        if num_waiting >= self.max_waiting:
+            seconds = math.ceil((num_waiting + 1) / num_places * self._mean_seconds)
+            raise QueueFull(
+                f"{num_waiting} sequences wait, and max_waiting is {self.max_waiting}",
+                code="queue_full",
+                retry_after=min(max(seconds, 1), _MAX_RETRY_AFTER),
+            )
+
     def _check(self, prompt: Seq[int], params: SamplingParams, lease: Lease) -> None:
-        if self._failure is not None:
-            raise Unavailable(f"the engine has stopped: {self._failure}")
+        self.check_alive()
         if not prompt:
             raise BadRequest("the prompt is empty", param="prompt")
         vocab = self.facts["vocab_size"]
@@ -166,10 +234,14 @@ class Runtime:
         if num_prompt + params.max_tokens > self.max_model_len:
             raise ContextTooLong(num_prompt, params.max_tokens, self.max_model_len)
 
-    def status(self) -> dict[str, Any]:
-        """What /health says. Raises Unavailable when the engine has stopped."""
+    def check_alive(self) -> None:
+        """Raises Unavailable when the engine has stopped."""
         if self._failure is not None or not self._thread.is_alive():
             raise Unavailable(f"the engine has stopped: {self._failure}")
+
+    def status(self) -> dict[str, Any]:
+        """What /health says. Raises Unavailable when the engine has stopped."""
+        self.check_alive()
         return {"status": "ok", **self.facts, **self.stats()}
 
     def stats(self) -> dict[str, float]:
@@ -184,6 +256,7 @@ class Runtime:
             "num_prompt_tokens": engine.num_prompt_tokens,
             "num_prefix_hit_tokens": engine.num_prefix_hit_tokens,
             "num_adapter_hits": cache.stats.num_hits,
+            "num_adapter_misses": cache.stats.num_misses,
             "num_adapter_loads": cache.stats.num_loads,
             "num_adapter_evictions": cache.stats.num_evictions,
             "num_adapter_failures": cache.stats.num_failures,
@@ -191,7 +264,30 @@ class Runtime:
             "adapter_device_bytes": cache.arena.num_used * cache.arena.data.element_size(),
             "adapter_device_capacity_bytes": cache.arena.data.nbytes,
             "adapter_host_bytes": cache.host.num_bytes,
+            "adapter_host_capacity_bytes": cache.host.max_bytes,
+            "adapter_disk_bytes": self.adapters.file_bytes(),
         }
+
+    def adapter_usage(self) -> AdapterUsage:
+        """Which adapters there are, where they lie and which are asked for; from any thread."""
+        scheduler = self.engine.scheduler
+        names = self.adapters.names_by_digest()
+
+        def names_of(sequences: Iterable[Sequence]) -> list[str]:
+            digests = {use.digest for seq in sequences for use in seq.adapters}
+            return sorted(name for digest in digests for name in names.get(digest, ()))
+
+        tiers = Counter(self.engine.cache.tier(digest) for digest in names)
+        sizes = [self.adapters.num_bytes(record) for record in self.adapters.records()]
+        capacity = self.engine.cache.arena.data.nbytes
+        return AdapterUsage(
+            names=[name for group in names.values() for name in group],
+            num_by_tier={tier: tiers[tier] for tier in ("device", "host", "disk")},
+            running=names_of(list(scheduler.running)),
+            waiting=names_of(list(scheduler.waiting)),
+            num_pinned=self.adapters.num_pinned(),
+            max_resident=capacity * len(sizes) // sum(sizes) if sizes else scheduler.max_num_seqs,
+        )
 
     def wake(self) -> None:
         """There may be something to do for the engine; from any thread."""
@@ -200,6 +296,18 @@ class Runtime:
     def forget(self, digest: str) -> None:
         """An adapter is gone for good; from any thread."""
         self._command(lambda: self.engine.cache.drop(digest))
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """These adapters are to stay on the device; from any thread."""
+        self._command(lambda: self.engine.cache.keep(digests))
+
+    def prefetch(self, digest: str) -> None:
+        """Begin to load an adapter, if requests leave room for it; from any thread."""
+
+        def prefetch() -> None:
+            self.engine.cache.prefetch(digest)
+
+        self._command(prefetch)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every pool is sound. From any thread; waits for its turn."""

@@ -1,12 +1,20 @@
-"""The server's settings: flags, environment (`POLYPEFT_*`), defaults."""
+"""The server's settings, from flags, environment (`POLYPEFT_*`), a YAML file, and defaults."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, PlainValidator, TypeAdapter
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ByteSize, Field, PlainValidator, SecretStr, TypeAdapter
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+from yaml import YAMLError
 
 
 def _byte_size(value: object) -> int:
@@ -21,8 +29,8 @@ Size = Annotated[int, PlainValidator(_byte_size, json_schema_input_type=str)]
 class Settings(BaseSettings):
     """Serve one base model and many adapters over an OpenAI-style HTTP API.
 
-    Sizes are written as 512MiB, 2GiB or in bytes. Every flag can also be set by the environment, as
-    POLYPEFT_MAX_NUM_SEQS.
+    Sizes are written as 512MiB, 2GiB or in bytes, times in seconds. Every flag can also be set by
+    the environment, as POLYPEFT_MAX_NUM_SEQS, and in the file of --config, as max_num_seqs.
     """
 
     model_config = SettingsConfigDict(
@@ -34,6 +42,12 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
+    config: Path | None = Field(
+        None, description="YAML file of settings; flags and environment go before it"
+    )
+    check: bool = Field(
+        False, description="say what would be served and whether it fits, and serve nothing"
+    )
     model: str | None = Field(
         None,
         description="hub id, folder, GGUF file or pypi:PACKAGE; by default SmolLM2-135M-Instruct",
@@ -88,3 +102,65 @@ class Settings(BaseSettings):
     max_upload: Size = Field(  # type: ignore[assignment]
         "256MiB", description="largest upload of one adapter"
     )
+    lora_root: Path | None = Field(
+        None,
+        description="folder whose adapters /v1/load_lora_adapter may name by path; by default none",
+    )
+
+    api_key: SecretStr | None = Field(
+        None,
+        description="key that requests must bear; better in POLYPEFT_API_KEY, where no list of "
+        "processes shows it",
+    )
+    api_key_file: Path | None = Field(
+        None, description="file of such keys, one a line; lines that begin with # are comments"
+    )
+    max_waiting: int = Field(
+        1024, ge=0, description="most sequences that wait; requests over it are answered 429"
+    )
+    request_timeout: float | None = Field(
+        600, gt=0, description="longest time from a request's arrival to the end of its answer"
+    )
+    drain_timeout: float = Field(
+        30, ge=0, description="how long running requests may go on after SIGTERM"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _ConfigFile(settings_cls)
+
+
+class _ConfigFile(PydanticBaseSettingsSource):
+    """The YAML file that flags or environment name, which go before it."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # `__call__` gives all of them
+
+    def __call__(self) -> dict[str, Any]:
+        """Raises SettingsError for a file that cannot be read and for a key that is no setting."""
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        if not Path(path).is_file():
+            raise SettingsError(f"--config: there is no file {path}")
+        try:
+            values = YamlConfigSettingsSource(self.settings_cls, yaml_file=path).yaml_data
+        except (OSError, UnicodeDecodeError, YAMLError) as exc:
+            raise SettingsError(f"{path}: {exc}") from exc
+        except (TypeError, ValueError):
+            raise SettingsError(f"{path}: must map names of settings to values") from None
+        for key in values:
+            if key not in self.settings_cls.model_fields or key == "config":
+                raise SettingsError(f"{path}: {key}: there is no such setting")
+        return values

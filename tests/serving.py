@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 from transformers import PreTrainedModel
 
 from server.api.app import create_app
+from server.api.keys import key_ring
+from server.api.lifecycle import Server
 from server.runtime import Runtime
+from server.settings import Settings
 from tests import tiny
 
 CONFIG = "adapter_config.json"
@@ -32,6 +34,7 @@ class Served:
     runtime: Runtime
     model: PreTrainedModel
     folder: Path
+    server: Server
 
     def make_adapter(self, kind: str, seed: int = 0, **changes: Any) -> Path:
         """A folder with a random adapter of one of `tiny.peft_configs`."""
@@ -78,27 +81,33 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, **settings: Any) -> Iterator[Served]:
-    """Start a server whose data lie in `folder`; stop it at exit."""
-    model = tiny.llama()
-    runtime = tiny.runtime(model, folder / "data", **settings)
-    config = uvicorn.Config(create_app(runtime), host="127.0.0.1", port=0, log_level="warning")
-    server = uvicorn.Server(config)
+def listen(load: Callable[[], Runtime], settings: Settings) -> Iterator[tuple[Server, str]]:
+    """Run the application in a thread, whether its runtime is loaded yet or not; its URL."""
+    server = Server(create_app(load, settings, key_ring(settings)), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        adapters = folder / "adapters"
-        adapters.mkdir()
-        with httpx.Client(base_url=url, timeout=60) as http:
-            yield Served(url, http, runtime, model, adapters)
+        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
 
 
-__all__ = ["CONFIG", "WEIGHTS", "Served", "serve"]
+@contextmanager
+def serve(folder: Path, **settings: Any) -> Iterator[Served]:
+    """Start a server whose data lie in `folder`; stop it at exit."""
+    model = tiny.llama()
+    runtime = tiny.runtime(model, folder / "data", **settings)
+    with listen(lambda: runtime, tiny.settings(folder / "data", **settings)) as (server, url):
+        adapters = folder / "adapters"
+        adapters.mkdir()
+        with httpx.Client(base_url=url, timeout=60) as http:
+            while http.get("/ready").status_code != 200:
+                time.sleep(0.01)
+            yield Served(url, http, runtime, model, adapters, server)
+
+
+__all__ = ["CONFIG", "WEIGHTS", "Served", "listen", "serve"]

@@ -3,9 +3,9 @@
     api → runtime → engine → {adapters, models} → peftcore
 
 Two kinds of module stand beside this order and may be imported from any room of the server: the
-*vocabulary* (`server.engine.sequence`, `server.errors`, `server.settings`, `server.metrics`,
-`server.tokenization`), which imports no room; and what puts the server together, `server.build`
-and `server.__main__`, which nothing imports.
+*vocabulary* (`server.engine.sequence`, `server.errors`, `server.settings`, `server.logs`,
+`server.metrics`, `server.tokenization`), which imports no room; and what puts the server together,
+`server.build` and `server.__main__`, which nothing imports.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ VOCABULARY = {
     "server.engine.sequence",
     "server.errors",
     "server.settings",
+    "server.logs",
     "server.metrics",
     "server.tokenization",
 }
@@ -53,6 +54,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "the cache implements the Residency that the scheduler asks for, named where it is asked"
     ),
     ("server.api.upload", "peftcore.config"): "the size limit of a config, kept where it is read",
+    ("server.api.lora_root", "peftcore.config"): "the same, and the files' names",
 }
 
 #: For annotations alone the api may see what the runtime hands it.

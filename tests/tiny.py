@@ -132,6 +132,12 @@ def hf_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def settings(data_dir: Path, **changes: Any) -> Settings:
+    """Small pools; `changes` in their place."""
+    small = {"kv_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 8}
+    return Settings(data_dir=data_dir, **({"kv_cache_dtype": "float32"} | small | changes))
+
+
 def runtime(model: PreTrainedModel, data_dir: Path, **changes: Any) -> Runtime:
     """A runtime around a copy of `model`; not started.
 
@@ -140,11 +146,9 @@ def runtime(model: PreTrainedModel, data_dir: Path, **changes: Any) -> Runtime:
     quantization = changes.pop("quantization", "none")
     activations = changes.pop("activations", "float")
     base_name = changes.pop("base_name", "tiny")
-    small = {"kv_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 8}
-    settings = Settings(data_dir=data_dir, **({"kv_cache_dtype": "float32"} | small | changes))
     device = torch.device("cpu")
     loaded = prepare_model(copy.deepcopy(model), quantization, device, activations)
-    return assemble(settings, loaded, tokenizer(), base_name)
+    return assemble(settings(data_dir, **changes), loaded, tokenizer(), base_name)
 
 
 #: Per architecture, the modules of attention and of the feed-forward block.

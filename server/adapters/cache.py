@@ -4,7 +4,8 @@ The engine's thread owns everything here but the loader's thread, which reads fi
 copies into a range that was reserved for it. So a step never waits for a load, and a load never
 touches what a step reads. Three states: loading, ready, and not here.
 
-Invariant: a pinned adapter is never evicted; an unpinned one is evicted least recently used first.
+Invariant: an adapter that a request has pinned, or that is to be kept, is never evicted; any other
+is evicted least recently used first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 from peftcore.arena import AdapterArena
 from peftcore.memory import trim_malloc
@@ -27,6 +29,8 @@ from server.engine.sequence import Sequence
 from server.errors import AdapterLoadFailed
 
 logger = logging.getLogger(__name__)
+
+Tier = Literal["device", "host", "disk"]
 
 #: Reads and compiles an adapter by digest; runs on the loader's thread.
 Load = Callable[[str], PackedAdapter]
@@ -52,6 +56,7 @@ class CacheStats:
     """Counts since the start, and seconds."""
 
     num_hits: int = 0
+    num_misses: int = 0
     num_loads: int = 0
     num_evictions: int = 0
     num_failures: int = 0
@@ -137,6 +142,8 @@ class AdapterCache:
         self._wake = wake
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._doomed: set[str] = set()
+        self._kept: frozenset[str] = frozenset()
+        self._kept_missing: list[str] = []  # of those, what waits for room to be loaded
         self._pins: dict[tuple[str, int], list[Entry]] = {}
         self._errors: dict[tuple[str, int], Exception] = {}
         self._done: deque[_Loaded] = deque()
@@ -210,6 +217,31 @@ class AdapterCache:
             entry.bound = self._bind(entry)
             if entry.pins == 0 and done.digest in self._doomed:
                 self.drop(done.digest)
+        if self._kept_missing:
+            self._load_kept()
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """From now on hold these, and load those that are not here as soon as there is room."""
+        self._kept = digests
+        self._kept_missing = sorted(digests - self._entries.keys())
+        self._load_kept()
+
+    def _load_kept(self) -> None:
+        while self._kept_missing and self.prefetch(self._kept_missing[-1]):
+            self._kept_missing.pop()
+
+    def prefetch(self, digest: str) -> bool:
+        """Load an adapter that no request has asked for; False where requests hold all the room."""
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+            return True
+        try:
+            reserved = self._reserve([digest])
+        except LookupError:  # deleted in the meantime
+            return True
+        if reserved:
+            self._entries[digest].pins = 0
+        return reserved
 
     @property
     def is_loading(self) -> bool:
@@ -234,6 +266,13 @@ class AdapterCache:
             return "loading" if entry.bound is None else "device"
         return "host" if digest in self.host else "disk"
 
+    def tier(self, digest: str) -> Tier:
+        """Where its weights lie, ready to be used or copied. May be asked from any thread."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.bound is not None:
+            return "device"
+        return "host" if digest in self.host else "disk"
+
     def _pin(self, digests: Seq[str]) -> list[Entry] | None:
         """Pin all of `digests`, loading those that are not here; None, and no pin, if no room.
 
@@ -253,6 +292,7 @@ class AdapterCache:
         if not reserved:
             return None
         self.stats.num_hits += len(here)
+        self.stats.num_misses += len(missing)
         return [self._entries[digest] for digest in digests]
 
     def _reserve(self, digests: Seq[str]) -> bool:
@@ -275,7 +315,11 @@ class AdapterCache:
     def _make_room(self, num_bytes: int) -> int | None:
         """A range, after evicting what is unpinned, oldest first, and closing gaps if need be."""
         offset = self.arena.allocate(num_bytes)
-        evictable = [e for e in self._entries.values() if e.pins == 0 and e.bound is not None]
+        evictable = [
+            entry
+            for entry in self._entries.values()
+            if entry.pins == 0 and entry.bound is not None and entry.digest not in self._kept
+        ]
         room = self.arena.num_free + sum(e.num_bytes for e in evictable)
         if offset is not None or room < num_bytes:
             return offset

@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+from peftcore.arena import aligned
 from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
@@ -60,6 +61,8 @@ class AdapterInfo:
     updated_at: float
     num_requests: int
     last_used_at: float | None
+    pinned: bool
+    tier: str
     residency: str
     num_running: int
 
@@ -69,6 +72,7 @@ class Lease:
 
     Attributes:
         label: the model name to answer with.
+        names: the adapters' names, empty for the base.
         uses: the adapters, empty for the base.
         num_virtual_tokens: positions that they take before the prompt.
         virtual_kv: those positions' keys and values are given, not computed.
@@ -79,12 +83,14 @@ class Lease:
         label: str,
         uses: tuple[AdapterUse, ...],
         *,
+        names: tuple[str, ...] = (),
         num_virtual_tokens: int = 0,
         virtual_kv: bool = False,
         on_release: Callable[[Lease], None] = lambda lease: None,
     ) -> None:
         self.label = label
         self.uses = uses
+        self.names = names
         self.num_virtual_tokens = num_virtual_tokens
         self.virtual_kv = virtual_kv
         self._on_release = on_release
@@ -113,8 +119,9 @@ class AdapterManager:
         base, base_name: what adapters attach to, and its name in requests.
         packer: makes the form in which adapters are loaded.
         arena_bytes: the adapters' device memory. dtype: what is in it, but for half precision.
-        residency: where a digest is now.
+        residency, tier: where a digest is now; see `AdapterCache`.
         forget: called with a digest that is gone for good.
+        keep: called with all digests that are to stay on the device, whenever they change.
     """
 
     def __init__(
@@ -127,7 +134,9 @@ class AdapterManager:
         arena_bytes: int,
         dtype: torch.dtype,
         residency: Callable[[str], str],
+        tier: Callable[[str], str],
         forget: Callable[[str], None],
+        keep: Callable[[frozenset[str]], None],
     ) -> None:
         self.store = store
         self.base_name = base_name
@@ -136,7 +145,9 @@ class AdapterManager:
         self._arena_bytes = arena_bytes
         self._dtype = dtype
         self._residency = residency
+        self._tier = tier
         self._forget = forget
+        self._keep = keep
         self._lock = threading.RLock()
         self._writer = threading.RLock()
         self._count_anew()
@@ -188,7 +199,7 @@ class AdapterManager:
                 return Lease(model, ())
             alias = self._find(model.removeprefix(f"{self.base_name}:"), "model")
             self._uncounted[alias.name] += 1
-            return self._take(model, [(alias.digest, 1.0)])
+            return self._take(model, [(alias, 1.0)])
 
     def _lease_mixture(self, model: str, mixture: Sequence[tuple[str, float]]) -> Lease:
         if model != self.base_name:
@@ -212,17 +223,17 @@ class AdapterManager:
             )
         except MixtureError as exc:
             raise Unprocessable(str(exc), param="adapters", code="mixture_not_additive") from None
-        total = sum(self.num_bytes(r) for r in records)
+        total = self._arena_need({*digests, *self.pinned()})
         if total > self._arena_bytes:
             raise TooLarge(
-                f"adapters: together {total} bytes, but the adapters' memory is "
+                f"adapters: with those that are pinned {total} bytes, but the adapters' memory is "
                 f"{self._arena_bytes} bytes (--adapter-memory)",
                 param="adapters",
                 code="adapter_too_large",
             )
         for alias, _ in found:
             self._uncounted[alias.name] += 1
-        return self._take(model, [(a.digest, weight) for a, weight in found])
+        return self._take(model, found)
 
     def _find(self, reference: str, param: str) -> Alias:
         """The alias for "<adapter>" or "<adapter>@sha256:<digest prefix>"."""
@@ -243,13 +254,14 @@ class AdapterManager:
             )
         return alias
 
-    def _take(self, label: str, uses: Sequence[tuple[str, float]]) -> Lease:
-        for digest, _ in uses:
-            self._leases[digest] += 1
-        first = self._records[uses[0][0]]
+    def _take(self, label: str, uses: Sequence[tuple[Alias, float]]) -> Lease:
+        for alias, _ in uses:
+            self._leases[alias.digest] += 1
+        first = self._records[uses[0][0].digest]
         return Lease(
             label,
-            tuple(AdapterUse(digest, weight) for digest, weight in uses),
+            tuple(AdapterUse(alias.digest, weight) for alias, weight in uses),
+            names=tuple(alias.name for alias, _ in uses),
             num_virtual_tokens=first.num_virtual_tokens,
             virtual_kv=first.virtual_kv,
             on_release=self._release,
@@ -289,7 +301,7 @@ class AdapterManager:
     # -- registration ----------------------------------------------------------------------------
 
     def register(
-        self, name: str, config: bytes, weights: Path
+        self, name: str, config: bytes, weights: Path, *, may_replace: bool = True
     ) -> tuple[AdapterInfo, Literal["created", "unchanged", "updated"]]:
         """Validate an adapter, keep it, and let `name` mean it. Blocks; for a worker thread.
 
@@ -297,12 +309,14 @@ class AdapterManager:
             name: the alias.
             config: `adapter_config.json`'s bytes.
             weights: a safetensors file, which stays the caller's.
+            may_replace: the name may stand for other bytes so far.
 
         Raises:
-            BadRequest: the name. Conflict: it is the base's. Unprocessable: the adapter does not
-            fit the base. TooLarge: it does not fit the adapters' memory.
+            BadRequest: the name. Conflict: it is the base's, or the adapter does not fit the
+            adapters' memory beside those that are pinned. Unprocessable: the adapter does not fit
+            the base. TooLarge: it does not fit the adapters' memory.
         """
-        self.check_name(name)
+        self.check_name(name, may_exist=may_replace)
         try:
             # One at a time, on a thread that gives way to the engine.
             record, packed = self._worker.submit(self._validate, config, weights).result()
@@ -310,6 +324,8 @@ class AdapterManager:
             raise _refusal(exc) from None
         digest = record.digest
         with self._writer:
+            self.check_name(name, may_exist=may_replace)
+            self._check_pins(self._pinned_if(name, digest), {digest: record})
             with self._lock:
                 self._leases[digest] += 1  # nobody drops it until the name holds it, or this fails
                 self._records.setdefault(digest, record)
@@ -324,6 +340,8 @@ class AdapterManager:
                 assert alias is not None
                 with self._lock:
                     self._aliases[name] = alias
+                    if alias.pinned:
+                        self._keep(self.pinned())
                     if previous is not None:
                         self._drop_if_unused(previous)
             finally:
@@ -334,7 +352,7 @@ class AdapterManager:
             return info, "created"
         return info, "unchanged" if previous == digest else "updated"
 
-    def check_name(self, name: str) -> None:
+    def check_name(self, name: str, *, may_exist: bool = True) -> None:
         """Raises BadRequest or Conflict if an adapter cannot have this name."""
         if not NAME_PATTERN.fullmatch(name):
             raise BadRequest(
@@ -344,6 +362,8 @@ class AdapterManager:
             )
         if name == self.base_name:
             raise Conflict(f"name: {name!r} is the base model's", param="name")
+        if not may_exist and name in self._aliases:
+            raise Conflict(f"name: {name!r} is taken", param="name", code="already_exists")
 
     def _validate(self, config: bytes, weights: Path) -> tuple[AdapterRecord, PackedAdapter]:
         parsed, program = validate(config, weights, self._base)
@@ -375,6 +395,73 @@ class AdapterManager:
         """What the adapter takes of the arena."""
         return packed_bytes(record.num_elements, record.num_half_elements, self._dtype)
 
+    # -- pins ------------------------------------------------------------------------------------
+
+    def pinned(self) -> frozenset[str]:
+        """The digests that pinned names stand for."""
+        with self._lock:
+            return frozenset(a.digest for a in self._aliases.values() if a.pinned)
+
+    def num_pinned(self) -> int:
+        """How many names are pinned."""
+        with self._lock:
+            return sum(alias.pinned for alias in self._aliases.values())
+
+    def check_pins(self) -> None:
+        """Raises Conflict if what was pinned before does not fit the memory that there is now."""
+        self._check_pins(self.pinned())
+
+    def _pinned_if(self, name: str, digest: str) -> frozenset[str]:
+        """The same, were `name` to stand for `digest`."""
+        with self._lock:
+            others = {a.digest for a in self._aliases.values() if a.pinned and a.name != name}
+            alias = self._aliases.get(name)
+        return frozenset(others | {digest} if alias is not None and alias.pinned else others)
+
+    def set_pinned(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep an adapter on the device from now on, across restarts too; or no more. The name is
+        pinned: what it comes to stand for is kept in its turn.
+
+        Raises:
+            NotFound: no such adapter. Conflict: the largest of the others would not fit any more.
+        """
+        with self._writer:
+            with self._lock:
+                alias = self._find(name, "name")
+            if pinned:
+                self._check_pins(self.pinned() | {alias.digest})
+            self.store.set_pinned(alias.name, pinned)
+            with self._lock:
+                # What is counted of its requests may have changed meanwhile.
+                alias = dataclasses.replace(self._aliases[alias.name], pinned=pinned)
+                self._aliases[alias.name] = alias
+                self._keep(self.pinned())
+                return self._info(alias)
+
+    def _check_pins(
+        self, pinned: frozenset[str], new: Mapping[str, AdapterRecord] | None = None
+    ) -> None:
+        """Raises Conflict unless each adapter fits the device beside all that are pinned."""
+        if not pinned:
+            return
+        with self._lock:
+            known = {**self._records, **(new or {})}
+        held = self._arena_need(pinned, known)
+        largest = max((self._arena_need({d}, known) for d in known.keys() - pinned), default=0)
+        if held + largest > self._arena_bytes:
+            raise Conflict(
+                f"pinned adapters would take {held} of the {self._arena_bytes} bytes of the "
+                f"adapters' memory (--adapter-memory), and the largest other one {largest} bytes",
+                code="adapter_memory_full",
+            )
+
+    def _arena_need(
+        self, digests: Iterable[str], records: Mapping[str, AdapterRecord] | None = None
+    ) -> int:
+        """Bytes of the arena that the adapters take together."""
+        known = self._records if records is None else records
+        return sum(aligned(self.num_bytes(known[digest])) for digest in digests)
+
     # -- what there is ---------------------------------------------------------------------------
 
     def list(self) -> list[AdapterInfo]:
@@ -399,6 +486,8 @@ class AdapterManager:
             self.store.remove_alias(alias.name)
             with self._lock:
                 del self._aliases[alias.name]
+                if alias.pinned:
+                    self._keep(self.pinned())
                 self._drop_if_unused(alias.digest)
             return info
 
@@ -417,9 +506,28 @@ class AdapterManager:
             updated_at=alias.updated_at,
             num_requests=alias.num_requests,
             last_used_at=alias.last_used_at,
+            pinned=alias.pinned,
+            tier=self._tier(record.digest),
             residency=self._residency(record.digest),
             num_running=self._leases[record.digest],
         )
+
+    def names_by_digest(self) -> Mapping[str, Sequence[str]]:
+        """Every registered digest with its names; adapters in the order of their registration."""
+        names: dict[str, list[str]] = {}
+        with self._lock:
+            for alias in sorted(self._aliases.values(), key=lambda alias: alias.created_at):
+                names.setdefault(alias.digest, []).append(alias.name)
+        return names
+
+    def records(self) -> Sequence[AdapterRecord]:
+        """Of all digests that are named or leased."""
+        with self._lock:
+            return list(self._records.values())
+
+    def file_bytes(self) -> int:
+        """What the adapters' files take of the disk."""
+        return sum(record.file_bytes for record in self.records())
 
     def flush(self) -> None:
         """Write the counts of requests to the registry."""

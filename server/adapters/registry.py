@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: In place of `num_half_elements`: this and `num_elements` are to be counted anew.
 NOT_COUNTED = -1
@@ -49,6 +49,7 @@ aliases = sa.Table(
     sa.Column("updated_at", sa.Float, nullable=False),
     sa.Column("num_requests", sa.BigInteger, nullable=False, default=0),
     sa.Column("last_used_at", sa.Float),
+    sa.Column("pinned", sa.Boolean, nullable=False, default=False),
 )
 
 
@@ -82,6 +83,10 @@ def open_registry(path: Path) -> sa.Engine:
                 connection.exec_driver_sql(
                     "ALTER TABLE adapters ADD COLUMN num_half_elements BIGINT NOT NULL DEFAULT "
                     f"{NOT_COUNTED}"
+                )
+            if version in (1, 2):
+                connection.exec_driver_sql(
+                    "ALTER TABLE aliases ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0"
                 )
             _metadata.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -68,7 +68,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Alias:
-    """A name and the digest that it stands for now. Counts and times outlive a flip."""
+    """A name and the digest that it stands for now. Counts, times and the pin outlive a flip."""
 
     name: str
     digest: str
@@ -76,6 +76,7 @@ class Alias:
     updated_at: float
     num_requests: int
     last_used_at: float | None
+    pinned: bool
 
 
 class AdapterStore:
@@ -92,7 +93,7 @@ class AdapterStore:
         self._staging_dir = self._root / "staging"
         self._adapters_dir.mkdir(parents=True, exist_ok=True)
         self._staging_dir.mkdir(exist_ok=True)
-        self._file_lock = FileLock(self._root / "store.lock")
+        self._file_lock = FileLock(self._root / "store.lock", thread_local=False)
         try:
             self._file_lock.acquire(timeout=0)
         except Timeout:
@@ -287,6 +288,13 @@ class AdapterStore:
                 update = sa.update(registry.aliases).where(registry.aliases.c.name == name)
                 connection.execute(update.values(digest=digest, updated_at=now))
             return previous
+
+    def set_pinned(self, name: str, pinned: bool) -> None:
+        """Raises KeyError: there is no such name."""
+        update = sa.update(registry.aliases).where(registry.aliases.c.name == name)
+        with self._lock, self._engine.begin() as connection:
+            if not connection.execute(update.values(pinned=pinned)).rowcount:
+                raise KeyError(name)
 
     def remove_alias(self, name: str) -> str:
         """Forget a name. Returns its digest.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 
 from server.api import (
     errors,
@@ -16,28 +17,47 @@ from server.api import (
     routes_completions,
     routes_models,
     routes_operations,
+    routes_vllm,
 )
-from server.api.limits import BodyLimit, CountRequests
+from server.api.access import Access
+from server.api.keys import KeyRing, RequireKey
+from server.api.lifecycle import Gate, Lifecycle
+from server.api.limits import BodyLimit
 from server.api.responses import Error
 from server.metrics import Metrics
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 #: Most bytes of a JSON body; far over any context.
 MAX_JSON_BYTES = 8 << 20
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The application; it starts the runtime when it starts and closes it when it ends."""
+def create_app(
+    load: Callable[[], Runtime], settings: Settings, ring: KeyRing | None = None
+) -> FastAPI:
+    """The application. While it starts up it begins to load the runtime, in a thread; it is up, and
+    answers 503, before that is done. It closes the runtime when it ends.
+
+    Args:
+        load: makes the runtime, which is not started. What it raises is in `lifecycle.failure`.
+        ring: the keys that requests must bear, or None.
+    """
+    lifecycle = Lifecycle(load, drain_timeout=settings.drain_timeout)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime.start()
+        loading = asyncio.create_task(lifecycle.start())
         try:
             yield
         finally:
-            await run_in_threadpool(runtime.close)
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+            await lifecycle.close()
 
     app = FastAPI(
         title="polypeft",
@@ -46,16 +66,27 @@ def create_app(runtime: Runtime) -> FastAPI:
         lifespan=lifespan,
         responses={"default": {"model": Error, "description": "An OpenAI error object."}},
     )
-    app.state.runtime = runtime
+    app.state.lifecycle = lifecycle
     app.state.metrics = Metrics()
+    app.state.settings = settings
     errors.install(app)
-    app.add_middleware(BodyLimit, max_json=MAX_JSON_BYTES, max_upload=runtime.max_upload)
-    app.add_middleware(CountRequests, metrics=app.state.metrics)
+    # The last one added is the first that a request meets.
+    app.add_middleware(
+        BodyLimit,
+        max_json=MAX_JSON_BYTES,
+        max_upload=settings.max_upload,
+        max_seconds=settings.request_timeout,
+    )
+    if ring is not None:
+        app.add_middleware(RequireKey, ring=ring)
+    app.add_middleware(Gate, lifecycle=lifecycle)
+    app.add_middleware(Access, metrics=app.state.metrics)
     for module in (
         routes_models,
         routes_completions,
         routes_chat,
         routes_adapters,
+        routes_vllm,
         routes_operations,
     ):
         app.include_router(module.router)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.errors import ServerError
+from server.errors import DeadlineExceeded, ServerError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,15 @@ class BodyTooLarge(HTTPException):
         )
 
 
+class BodyTooSlow(HTTPException):
+    """A body that did not arrive in time; an HTTPException for the same reason."""
+
+    def __init__(self, max_seconds: float) -> None:
+        super().__init__(
+            408, f"the body has not arrived within {max_seconds:g} s, the request_timeout"
+        )
+
+
 def error_body(
     message: str, type: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
@@ -55,6 +64,8 @@ def body_of(exc: Exception) -> tuple[int, dict[str, Any]]:
             return exc.status, error_body(exc.message, exc.type, exc.param, exc.code)
         case BodyTooLarge():
             return 413, error_body(exc.detail, "invalid_request_error", None, "request_too_large")
+        case BodyTooSlow():
+            return 408, error_body(exc.detail, "timeout_error", None, "request_timeout")
         case HTTPException():
             kind = "server_error" if exc.status_code >= 500 else "invalid_request_error"
             return exc.status_code, error_body(str(exc.detail), kind)
@@ -95,12 +106,27 @@ def _param(loc: Sequence[str | int]) -> str | None:
     return path.removeprefix(".") or None
 
 
-async def _respond(request: Request, exc: Exception) -> Response:
+def response_of(exc: Exception) -> JSONResponse:
+    """The answer to any exception, with the headers that tell a client when to come again."""
     status, body = body_of(exc)
-    if isinstance(exc, HTTPException) and status in (404, 405):  # from routing: say what it lacks
-        body["error"]["message"] = f"there is no {request.method} {request.url.path}"
-    headers = exc.headers if isinstance(exc, HTTPException) else None
+    headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
+    match exc:
+        case ServerError(retry_after=int(seconds)):
+            headers["Retry-After"] = str(seconds)
+        case Unauthorized():
+            headers["WWW-Authenticate"] = "Bearer"
+        case DeadlineExceeded():  # OpenAI's clients would try it again, to the same end
+            headers["X-Should-Retry"] = "false"
     return JSONResponse(body, status, headers)
+
+
+async def _respond(request: Request, exc: Exception) -> Response:
+    response = response_of(exc)
+    if isinstance(exc, HTTPException) and exc.status_code in (404, 405):  # from routing
+        message = f"there is no {request.method} {request.url.path}"
+        body = error_body(message, "invalid_request_error")
+        return JSONResponse(body, exc.status_code, exc.headers)
+    return response
 
 
 async def _nobody(request: Request, exc: Exception) -> Response:
@@ -108,8 +134,8 @@ async def _nobody(request: Request, exc: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers; unexpected exceptions are answered and then logged by the server."""
-    for kind in (ServerError, HTTPException, RequestValidationError, Exception):
+    """Register the handlers. What nobody expected is `access`'s to answer and to log."""
+    for kind in (ServerError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _respond)
     for gone in (ClientGone, ClientDisconnect):
         app.add_exception_handler(gone, _nobody)

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from server.api.access import current_record
 from server.api.responses import (
     ChatLogprobs,
     ChatTokenLogprob,
@@ -40,25 +41,39 @@ async def generate(
     n: int,
     metrics: Metrics,
 ) -> Deltas:
-    """Deltas of all choices of all prompts, as they come. Closing it early aborts them all."""
+    """Deltas of all choices of all prompts, as they come. Closing it early aborts them all.
+
+    Raises, before the first item:
+        QueueFull: see `Runtime.check_queue`.
+        BadRequest, ContextTooLong, Unavailable: see `Runtime.generate`.
+    """
+    runtime.check_queue()
     arrived = time.perf_counter()
     last: dict[int, float] = {}
-    metrics.prompt(sum(map(len, prompts)))
+    num_prompt, num_generated = sum(map(len, prompts)), 0
+    metrics.prompt(num_prompt)
+    record = current_record()
+    record.adapter, record.num_prompt_tokens = ",".join(lease.names) or None, num_prompt
     each = [
         _shifted(runtime.generate(prompt, params, lease, n=n), i * n)
         for i, prompt in enumerate(prompts)
     ]
-    async with aclosing(each[0] if len(each) == 1 else _merged(each)) as deltas:
-        async for delta in deltas:
-            if delta.tokens:
-                now = time.perf_counter()
-                metrics.generated(len(delta.tokens))
-                if delta.index in last:
-                    metrics.next_token((now - last[delta.index]) / len(delta.tokens))
-                else:
-                    metrics.first_token(now - arrived)
-                last[delta.index] = now
-            yield delta
+    try:
+        async with aclosing(each[0] if len(each) == 1 else _merged(each)) as deltas:
+            async for delta in deltas:
+                if delta.tokens:
+                    now = time.perf_counter()
+                    num_generated += len(delta.tokens)
+                    metrics.generated(len(delta.tokens))
+                    if delta.index in last:
+                        metrics.next_token((now - last[delta.index]) / len(delta.tokens))
+                    else:
+                        metrics.first_token(now - arrived)
+                    last[delta.index] = now
+                yield delta
+    finally:
+        record.num_output_tokens = num_generated
+        metrics.used(lease.names, num_prompt, num_generated)
 
 
 async def _shifted(deltas: Deltas, offset: int) -> Deltas:

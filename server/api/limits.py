@@ -1,14 +1,13 @@
-"""Bounds a request's body while it is read, and counts requests. Plain ASGI middleware."""
+"""Bounds a request's body while it is read: its bytes, and its time. Plain ASGI middleware."""
 
 from __future__ import annotations
 
-import time
+import asyncio
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import CLIENT_CLOSED_REQUEST, BodyTooLarge
-from server.metrics import Metrics
+from server.api.errors import BodyTooLarge, BodyTooSlow
 
 #: Where the larger bound holds.
 UPLOAD_PATH = "/v1/adapters"
@@ -20,10 +19,14 @@ class BodyLimit:
     Args:
         max_json: bytes of any body but an upload's.
         max_upload: bytes of an upload's body, all its parts together.
+        max_seconds: until a body has arrived as a whole; None waits for ever.
     """
 
-    def __init__(self, app: ASGIApp, *, max_json: int, max_upload: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_json: int, max_upload: int, max_seconds: float | None
+    ) -> None:
         self._app = app
+        self._max_seconds = max_seconds
         self._max_json = max_json
         self._max_upload = max_upload
 
@@ -36,45 +39,26 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         num_announced = int(announced) if announced.isdecimal() else 0
         num_bytes = 0
+        ended = False
+        loop = asyncio.get_running_loop()
+        deadline = None if self._max_seconds is None else loop.time() + self._max_seconds
 
         async def counting() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, ended
+            if ended:  # what follows is the client's leaving
+                return await receive()
             if num_announced > max_bytes:
                 raise BodyTooLarge(num_announced, max_bytes)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                assert self._max_seconds is not None
+                raise BodyTooSlow(self._max_seconds) from None
             num_bytes += len(message.get("body", b""))
             if num_bytes > max_bytes:
                 raise BodyTooLarge(num_bytes, max_bytes)
+            ended = not message.get("more_body", False)
             return message
 
         await self._app(scope, counting, send)
-
-
-class CountRequests:
-    """Counts each request with its route's pattern and its status."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = CLIENT_CLOSED_REQUEST
-        start = time.perf_counter()
-
-        async def watching(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watching)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            endpoint = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.request(endpoint, status, time.perf_counter() - start)

@@ -142,6 +142,8 @@ class Adapter(BaseModel):
     updated_at: float
     num_requests: int
     last_used_at: float | None
+    pinned: bool
+    tier: Literal["device", "host", "disk"]
     residency: Literal["device", "host", "disk", "loading"]
     num_running: int
 
@@ -157,6 +159,11 @@ class DeletedAdapter(Adapter):
 class AdapterList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Adapter]
+
+
+class Readiness(BaseModel):
+    status: Literal["ready"]
+    model: str
 
 
 class ErrorDetail(BaseModel):

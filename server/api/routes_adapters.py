@@ -59,5 +59,29 @@ async def delete_adapter(name: str, request: Request) -> DeletedAdapter:
     return DeletedAdapter(**_fields(info))
 
 
+@router.put("/v1/adapters/{name}/pin")
+async def pin_adapter(name: str, request: Request) -> Adapter:
+    """Load it, and never evict it, whatever the name stands for; also after a restart."""
+    manager = runtime_of(request).adapters
+    return Adapter(**_fields(await run_in_threadpool(manager.set_pinned, name, True)))
+
+
+@router.delete("/v1/adapters/{name}/pin")
+async def unpin_adapter(name: str, request: Request) -> Adapter:
+    """It stays where it is until others need its place."""
+    manager = runtime_of(request).adapters
+    return Adapter(**_fields(await run_in_threadpool(manager.set_pinned, name, False)))
+
+
+@router.post("/v1/adapters/{name}/prefetch", status_code=202)
+async def prefetch_adapter(name: str, request: Request) -> Adapter:
+    """Begin to load it, before the first request does. Running requests' adapters are not evicted
+    for it: where they take all the memory, nothing is loaded."""
+    runtime = runtime_of(request)
+    info = await run_in_threadpool(runtime.adapters.get, name)
+    runtime.prefetch(info.digest)
+    return Adapter(**_fields(info))
+
+
 def _fields(info: AdapterInfo) -> dict[str, Any]:
     return asdict(info) | {"modules": list(info.modules)}

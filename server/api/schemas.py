@@ -155,6 +155,24 @@ class StreamOptions(Strict):
     include_obfuscation: Annotated[Any, Refused(False)] = None
 
 
+class LoadLoraAdapter(Strict):
+    """POST /v1/load_lora_adapter, in vLLM's words."""
+
+    lora_name: NonEmpty
+    lora_path: NonEmpty
+    load_inplace: bool = False
+
+    base_model_name: Annotated[Any, Refused()] = None
+    is_3d_lora_weight: Annotated[Any, Refused(False)] = None
+
+
+class UnloadLoraAdapter(Strict):
+    """POST /v1/unload_lora_adapter, in vLLM's words. Names are enough here: the id is not read."""
+
+    lora_name: NonEmpty
+    lora_int_id: int | None = None
+
+
 class GenerationRequest(Strict):
     """What completions and chat have in common."""
 

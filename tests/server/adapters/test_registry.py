@@ -104,13 +104,13 @@ def assert_taken_over(root: Path) -> None:
         assert record.num_half_elements == NOT_COUNTED
         assert (record.method, record.adds, record.virtual_kv) == ("LORA", True, False)
         assert (record.created_at, record.file_bytes) == (12.5, 4)
-        assert store.alias(name) == Alias(name, stored.digest, 13.5, 14.5, 7, 15.5)
+        assert store.alias(name) == Alias(name, stored.digest, 13.5, 14.5, 7, 15.5, False)
         for file in FILES:
             assert (store.folder(stored.digest) / file).read_bytes() == files[file]
     assert [alias.name for alias in store.aliases()] == ["clerk", "poet"]
     store.check_integrity()
     store.close()
-    assert user_version(root) == SCHEMA_VERSION == 2
+    assert user_version(root) == SCHEMA_VERSION == 3
 
 
 def test_version_1_keeps_its_adapters_and_names(tmp_path: Path) -> None:
@@ -118,6 +118,27 @@ def test_version_1_keeps_its_adapters_and_names(tmp_path: Path) -> None:
     assert user_version(tmp_path / "store") == 1
     for _ in range(2):  # the second time there is nothing to do
         assert_taken_over(tmp_path / "store")
+
+
+def test_version_2_keeps_its_adapters_and_names(tmp_path: Path) -> None:
+    """It had no pins yet."""
+    root = tmp_path / "store"
+    write_version_1(root, some_adapters())
+    with closing(sqlite3.connect(root / "registry.sqlite")) as connection, connection:
+        connection.executescript(
+            "ALTER TABLE adapters ADD COLUMN num_half_elements BIGINT NOT NULL DEFAULT -1;"
+            "PRAGMA user_version = 2;"
+        )
+    assert_taken_over(root)
+    store = AdapterStore(root)
+    store.set_pinned("poet", True)
+    assert [(alias.name, alias.pinned) for alias in store.aliases()] == [
+        ("clerk", False),
+        ("poet", True),
+    ]
+    with pytest.raises(KeyError):
+        store.set_pinned("nobody", True)
+    store.close()
 
 
 def test_version_1_can_be_written_to(tmp_path: Path) -> None:
@@ -155,17 +176,17 @@ def test_a_takeover_that_fails_has_changed_nothing(
     assert_taken_over(root)
 
 
-def test_version_3_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_version_4_is_refused_and_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "store"
     write_version_1(root, some_adapters())
     assert_taken_over(root)
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
-        connection.execute("PRAGMA user_version = 3")
-    with pytest.raises(StoreError, match=r"schema version 3; this program knows 2$"):
+        connection.execute("PRAGMA user_version = 4")
+    with pytest.raises(StoreError, match=r"schema version 4; this program knows 3$"):
         AdapterStore(root)
-    assert user_version(root) == 3
+    assert user_version(root) == 4
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     assert_taken_over(root)
 
 
