@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from server.api import (
+    description,
     errors,
     routes_adapters,
     routes_chat,
@@ -23,7 +25,6 @@ from server.api.access import Access
 from server.api.keys import KeyRing, RequireKey
 from server.api.lifecycle import Gate, Lifecycle
 from server.api.limits import BodyLimit
-from server.api.responses import Error
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -34,6 +35,17 @@ logger = logging.getLogger(__name__)
 
 #: Most bytes of a JSON body; far over any context.
 MAX_JSON_BYTES = 8 << 20
+
+
+#: Each module of routes, and the refusals that its own add to those of any path.
+_ROUTES: tuple[tuple[ModuleType, description.Responses], ...] = (
+    (routes_models, description.NAMED),
+    (routes_completions, description.GENERATES),
+    (routes_chat, description.GENERATES),
+    (routes_adapters, description.CHANGES),
+    (routes_vllm, description.CHANGES | description.refusals(403)),
+    (routes_operations, {}),
+)
 
 
 def create_app(
@@ -64,7 +76,7 @@ def create_app(
         version="1",
         description="Many adapters of several methods on one quantized base model.",
         lifespan=lifespan,
-        responses={"default": {"model": Error, "description": "An OpenAI error object."}},
+        responses=description.COMMON,
     )
     app.state.lifecycle = lifecycle
     app.state.metrics = Metrics()
@@ -81,13 +93,7 @@ def create_app(
         app.add_middleware(RequireKey, ring=ring)
     app.add_middleware(Gate, lifecycle=lifecycle)
     app.add_middleware(Access, metrics=app.state.metrics)
-    for module in (
-        routes_models,
-        routes_completions,
-        routes_chat,
-        routes_adapters,
-        routes_vllm,
-        routes_operations,
-    ):
-        app.include_router(module.router)
+    description.install(app, needs_key=ring is not None)
+    for module, responses in _ROUTES:
+        app.include_router(module.router, responses=responses)
     return app

@@ -7,16 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.responses import Error, Readiness
+from server.api.responses import Readiness
 from server.api.state import lifecycle_of, metrics_of, runtime_of
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter()
 
-_UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": Error}}
 
-
-@router.get("/health", responses=_UNAVAILABLE)
+@router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
     """Is the process alive? Also while the model loads and while the server drains; 503 with the
     reason when the engine has stopped, which only a new process mends."""
@@ -26,7 +24,7 @@ async def health(request: Request) -> dict[str, Any]:
     return lifecycle.runtime.status() | ({"status": "draining"} if lifecycle.draining else {})
 
 
-@router.get("/ready", responses=_UNAVAILABLE)
+@router.get("/ready")
 async def ready(request: Request) -> Readiness:
     """May requests be sent here? 503 while the model loads, while the server drains, and when the
     engine has stopped."""
