@@ -23,7 +23,26 @@ def main() -> None:
         flag = "--" + "-".join(str(p) for p in first["loc"]).replace("_", "-")
         sys.exit(f"polypeft-serve: {flag}: {first['msg']}")
     logs.configure(settings.log_format, settings.log_level)
-    serve(settings)
+    if settings.check:
+        check(settings)
+    else:
+        serve(settings)
+
+
+def check(settings: Settings) -> None:
+    """Say what would be served and whether it fits; exits with 0 if it does and 1 if not."""
+    from peftcore.sources.resolve import ModelSourceError
+    from server.api.keys import key_ring
+    from server.build import SetupError
+    from server.plan import make_plan
+
+    try:
+        key_ring(settings)
+        plan = make_plan(settings)
+    except (SetupError, ModelSourceError, ValueError) as exc:
+        sys.exit(f"polypeft-serve: {exc}")
+    print(plan)
+    sys.exit(0 if plan.fits else 1)
 
 
 def serve(settings: Settings) -> None:

@@ -50,7 +50,7 @@ def build_runtime(settings: Settings) -> Runtime:
         ModelSourceError, UnservableModel: the model cannot be had, or not be served.
         SetupError: a setting does not fit.
     """
-    device = _device(settings)
+    device = device_of(settings)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     folder = resolve_model(settings.model)
@@ -65,7 +65,7 @@ def build_runtime(settings: Settings) -> Runtime:
     return runtime
 
 
-def _device(settings: Settings) -> torch.device:
+def device_of(settings: Settings) -> torch.device:
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def assemble(
 
     cache = AdapterCache(
         arena,
-        HostCache(_host_memory(settings, loaded.device)),
+        HostCache(host_memory(settings, loaded.device)),
         load=load,
         size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
         linears=loaded.host.linears,
@@ -195,7 +195,7 @@ def assemble(
     return runtime
 
 
-def _host_memory(settings: Settings, device: torch.device) -> int:
+def host_memory(settings: Settings, device: torch.device) -> int:
     """Bytes for adapters' host copies. A CPU's arena is host memory: a copy would be a second."""
     if settings.adapter_host_memory is not None:
         return settings.adapter_host_memory

@@ -5,7 +5,7 @@
 Two kinds of module stand beside this order and may be imported from any room of the server: the
 *vocabulary* (`server.engine.sequence`, `server.errors`, `server.settings`, `server.logs`,
 `server.metrics`, `server.tokenization`), which imports no room; and what puts the server together,
-`server.build` and `server.__main__`, which nothing imports.
+`server.build`, `server.plan` and `server.__main__`, which nothing else imports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ RULES: dict[str, set[str]] = {
     "server.build": {
         "server.runtime", "server.engine", "server.adapters", "server.models", "peftcore",
     },
-    "server.__main__": {"server.build", "server.api", "server.models", "peftcore"},
+    "server.plan": {"server.build", "server.adapters", "peftcore"},
+    "server.__main__": {"server.build", "server.plan", "server.api", "server.models", "peftcore"},
     "server.vocabulary": set(),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -53,13 +55,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         served.wait_idle()
 
 
+@pytest.fixture
+def closing() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 def operations(server: Served) -> list[Any]:
     raw = server.http.get("/openapi.json").json()
     schema = schemathesis.openapi.from_dict(raw)
     return [operation.ok() for operation in schema.get_all_operations()]
 
 
-def send(server: Served, case: Any, known: bool) -> int:
+def send(server: Served, session: requests.Session, case: Any, known: bool) -> int:
     """One case, checked; where `known`, with names that the server knows in the place of random
     ones. Returns the status."""
     if known:
@@ -69,6 +77,7 @@ def send(server: Served, case: Any, known: bool) -> int:
             case.path_parameters |= dict.fromkeys(case.path_parameters, "poet")
     answer = case.call_and_validate(
         base_url=server.url,
+        session=session,
         headers={"Authorization": f"Bearer {KEY}"},
         checks=CHECKS,
         timeout=30,
@@ -77,10 +86,11 @@ def send(server: Served, case: Any, known: bool) -> int:
 
 
 @pytest.mark.filterwarnings("ignore")  # schemathesis' own
-def test_every_operation_answers_as_described(server: Served) -> None:
+def test_every_operation_answers_as_described(server: Served, closing: ExitStack) -> None:
     """All that the application has, as it describes itself: a new route needs no new test."""
     tested, seen = set(), set()
     poet = server.make_adapter("lora-r4", 1)
+    session = closing.enter_context(requests.Session())
     for operation in operations(server):
         assert server.push("poet", poet).status_code in (200, 201), "some operations delete it"
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
@@ -95,7 +105,7 @@ def test_every_operation_answers_as_described(server: Served) -> None:
             )
             @given(case=operation.as_strategy(generation_mode=mode), known=st.booleans())
             def check(case: Any, known: bool) -> None:
-                seen.add(send(server, case, known))
+                seen.add(send(server, session, case, known))
 
             try:
                 check()
@@ -213,5 +223,5 @@ def test_the_extract_is_openais(server: Served) -> None:
 
 
 def test_the_openai_client_needs_the_key(server: Served) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-    assert client.models.retrieve("poet").id == "poet"
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        assert client.models.retrieve("poet").id == "poet"

@@ -1,0 +1,95 @@
+"""`--check`: what it says is what a server then is; nothing is served, created or locked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftcore.sources.resolve import ModelSourceError
+from server import plan as planning
+from server.build import SetupError, build_runtime
+from server.plan import make_plan
+from server.settings import Settings
+from tests import tiny
+
+
+def settings(folder: Path, data: Path, **changes: object) -> Settings:
+    given = {"kv_memory": "1MiB", "adapter_memory": "1MiB", "device": "cpu"} | changes
+    return Settings(model=str(folder), data_dir=data, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_the_plan_is_what_a_server_then_is(
+    model_folder: Path, tmp_path: Path, quantization: str, dtype: str
+) -> None:
+    given = settings(model_folder, tmp_path, quantization=quantization, kv_cache_dtype=dtype)
+    plan = make_plan(given)
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing"
+    runtime = build_runtime(given)
+    tokens = int(runtime.stats()["kv_blocks"]) * given.block_size
+    assert plan.facts["KV cache"] == f"1 MiB, {tokens} tokens"
+    assert plan.facts["context"] == f"{runtime.max_model_len} tokens"
+    assert plan.facts["kernels"] == runtime.facts["kernels"]
+    runtime.close()
+
+
+def test_the_bases_bytes_are_those_of_the_loaded_model(model_folder: Path) -> None:
+    model = tiny.llama()
+    loaded = sum(p.numel() * 4 for p in model.parameters())
+    shapes = planning._weights(model_folder)
+    assert planning._base_bytes(shapes, "none") == pytest.approx(loaded, rel=0.01)
+    assert planning._base_bytes(shapes, "nf4") < planning._base_bytes(shapes, "int8") < loaded
+
+
+def test_what_the_data_directory_holds(model_folder: Path, tmp_path: Path) -> None:
+    given = settings(model_folder, tmp_path)
+    runtime = build_runtime(given)
+    folder = tiny.save_random_adapter(
+        tiny.llama(), tiny.peft_configs("llama")["lora-r4"], tmp_path / "adapter", 1
+    )
+    config = (folder / "adapter_config.json").read_bytes()
+    for name in ("a", "b"):
+        runtime.adapters.register(name, config, folder / "adapter_model.safetensors")
+    assert "2 adapters registered" in make_plan(given).facts["data"], "also while it is served"
+    runtime.close()
+    assert "2 adapters registered" in make_plan(given).facts["data"]
+    for database in tmp_path.glob("*/registry.sqlite"):
+        database.write_bytes(b"no database")
+    with pytest.raises(SetupError, match="--data-dir"):
+        make_plan(given)
+
+
+def test_what_does_not_fit(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not make_plan(settings(model_folder, tmp_path, kv_memory="900TiB")).fits
+    assert make_plan(settings(model_folder, tmp_path)).fits
+    monkeypatch.setattr(planning, "_available", lambda: 100 << 20)
+    plan = make_plan(settings(model_folder, tmp_path))
+    assert plan.facts["fits"] == "no"
+    monkeypatch.setattr(planning, "_available", lambda: None)
+    assert make_plan(settings(model_folder, tmp_path)).fits
+    with pytest.raises(SetupError, match="--kv-memory"):
+        make_plan(settings(model_folder, tmp_path, kv_memory=100))
+    with pytest.raises(ModelSourceError):
+        make_plan(settings(tmp_path / "nowhere", tmp_path))
+
+
+def test_the_command(model_folder: Path, tmp_path: Path) -> None:
+    flags = ["--check", "--model", str(model_folder), "--data-dir", str(tmp_path)]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "server", *flags, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    ended = run("--kv-memory", "1MiB", "--adapter-memory", "1MiB")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].split() == ["fits", "yes"]
+    ended = run("--kv-memory", "900TiB")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[-1].split() == ["fits", "no"]
+    assert list(tmp_path.iterdir()) == []
