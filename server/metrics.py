@@ -173,8 +173,9 @@ class Metrics:
             num_prompt, num_generated: its tokens.
         """
         label = BASE if not adapters else MIXTURE if len(adapters) > 1 else adapters[0]
-        if label not in self._labels:
+        if label not in self._labels and not self._has_room():
             label = OTHER
+        self._add_label(label)
         self._adapter_requests.labels(label).inc()
         self._adapter_tokens.labels(label, "prompt").inc(num_prompt)
         self._adapter_tokens.labels(label, "generated").inc(num_generated)
@@ -189,10 +190,13 @@ class Metrics:
             for kind in ("prompt", "generated"):
                 self._adapter_tokens.remove(label, kind)
         for name in usage.names:
-            if len(self._labels) == MAX_ADAPTER_LABELS + 3:
+            if not self._has_room():
                 break
             self._add_label(name)
         self._mirror.usage = usage
+
+    def _has_room(self) -> bool:
+        return len(self._labels) < MAX_ADAPTER_LABELS + 3
 
     def _add_label(self, label: str) -> None:
         self._labels.add(label)

@@ -1,0 +1,276 @@
+"""Bug reports of other multi-adapter servers, each a test of this one, over HTTP, against peft.
+
+The classes are numbered as they were collected; `test_churn.py` and `engine/` look at the same
+failures from the inside.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save
+
+from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
+from tests.serving import CONFIG, WEIGHTS, Served, serve
+
+#: Room for four of "lora-r4".
+MEMORY = 4 * 18_432
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path, adapter_memory=MEMORY) as served:
+        yield served
+        served.wait_idle()
+
+
+def register(server: Served, name: str, kind: str = "lora-r4", seed: int = 0) -> Path:
+    folder = server.make_adapter(kind, seed)
+    answer = server.push(name, folder)
+    assert answer.status_code in (200, 201), answer.text
+    return folder
+
+
+def text_of(events: Iterator[str]) -> str:
+    """What a stream says after its first event."""
+    data = [event.removeprefix("data: ") for event in events]
+    assert data[-1] == "[DONE]", data[-1]
+    return "".join(json.loads(each)["choices"][0]["text"] for each in data[:-1])
+
+
+def test_1_a_load_does_not_change_a_request_in_flight(server: Served) -> None:
+    """vllm#47724: it silently used another tenant's adapter."""
+    folder = register(server, "tenant", seed=1)
+    expected = server.expected("abc", [(folder, 1.0)], 200)
+    body = LONG | {"model": "tenant", "max_tokens": 200, "temperature": 0}
+    slow_down(server, 0.002)
+    with stream(server, body) as events:
+        for seed in range(2, 7):  # more than fit: what is not in use is evicted
+            register(server, f"other-{seed}", seed=seed)
+            server.complete(f"other-{seed}", "abc", max_tokens=2)
+        register(server, "tenant", seed=9)
+        assert expected.endswith(text_of(events))
+
+
+@pytest.mark.parametrize("kind", ["lora-r4", "prefix"])
+def test_2_a_reload_under_the_name_finds_no_stale_prefix(server: Served, kind: str) -> None:
+    """vllm#42125, vllm#30931: cached keys and values of the old weights were used."""
+    prompt = "a prompt of several blocks, asked again and again"
+    for seed in (1, 2, 1):
+        folder = register(server, "mine", kind, seed)
+        for _ in range(2):  # the second time from the cache
+            assert server.complete("mine", prompt) == server.expected(prompt, [(folder, 1.0)])
+
+
+def test_3_an_unload_frees_what_the_adapter_took(server: Served) -> None:
+    """vllm#54839, vllm#42633: only the name was forgotten, and the slot stayed full."""
+    for seed in range(12):
+        register(server, "mine", seed=seed)
+        server.complete("mine", "abc", max_tokens=1)
+        assert server.http.delete("/v1/adapters/mine").status_code == 200
+        server.wait_idle()
+        stats = server.runtime.stats()
+        assert stats["adapter_device_bytes"] == stats["adapter_disk_bytes"] == 0
+    assert list(server.runtime.adapters.store.folder("0" * 64).parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["prefix", "no target", "empty"])
+def test_4_keys_that_fit_nothing_are_not_served_as_the_base(server: Served, case: str) -> None:
+    """vllm#34186, vllm#55193: 200, and the base model's answers."""
+    folder = server.make_adapter("lora-r4", 1)
+    tensors = load_file(folder / WEIGHTS)
+    match case:
+        case "prefix":
+            tensors = {f"model.language_model.{key}": value for key, value in tensors.items()}
+        case "no target":
+            tensors = {key.replace("q_proj", "qkv"): value for key, value in tensors.items()}
+        case "empty":
+            tensors = {}
+    assert server.push("mine", folder, weights=save(tensors)).status_code == 422
+    body = {"model": "mine", "prompt": "abc"}
+    assert server.http.post("/v1/completions", json=body).status_code == 404
+
+
+def test_5_loading_while_others_generate_crashes_nothing(server: Served) -> None:
+    """vllm#13698: the server died."""
+    names = [f"adapter-{seed}" for seed in range(6)]
+    folders = [server.make_adapter("lora-r4", seed) for seed in range(6)]
+    slow_down(server, 0.001)
+    with ExitStack() as stack:
+        running = [stack.enter_context(stream(server, LONG)) for _ in range(3)]
+        with ThreadPoolExecutor(6) as pool:
+            pushed = list(pool.map(server.push, names, folders))
+            assert [answer.status_code for answer in pushed] == [201] * 6
+            texts = list(pool.map(lambda name: server.complete(name, "abc"), names))
+        assert len({text_of(events) for events in running}) == 3  # temperature 1
+    assert texts == [server.expected("abc", [(folder, 1.0)]) for folder in folders]
+
+
+class _Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_6_nothing_that_can_run_code_is_read(server: Served, tmp_path: Path, zipped: bool) -> None:
+    """sglang#26789, sglang#30165, TensorRT-LLM#13391: pickled tensors were loaded."""
+    mark = tmp_path / "mark"
+    payload = pickle.dumps(_Payload(mark))
+    if zipped:
+        file = BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", payload)
+        payload = file.getvalue()
+    assert (
+        server.push("mine", server.make_adapter("lora-r4", 1), weights=payload).status_code == 422
+    )
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(_Payload(mark))).close()
+    assert mark.exists(), "it would have"
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/etc/passwd", "a/b", "a\\b", "..", ".", "a\0b", "%2e%2e%2f", "~root", "a b"]
+)
+def test_6_a_name_is_never_a_path(server: Served, tmp_path: Path, name: str) -> None:
+    """vllm#46287: one escaped its folder."""
+    before = sorted(path for path in tmp_path.rglob("*") if "adapters" not in path.parts)
+    folder = server.make_adapter("lora-r4", 1)
+    assert server.push(name, folder).status_code == 400
+    for model in (name, f"tiny:{name}", f"{name}@sha256:00"):
+        body = {"model": model, "prompt": "abc"}
+        assert server.http.post("/v1/completions", json=body).status_code == 404
+    body = {"lora_name": name, "lora_path": str(folder)}
+    assert server.http.post("/v1/load_lora_adapter", json=body).status_code in (400, 403)
+    after = sorted(path for path in tmp_path.rglob("*") if "adapters" not in path.parts)
+    assert after == before
+
+
+def test_7_as_many_adapters_as_fit_and_the_base_in_one_batch(server: Served) -> None:
+    """sglang#23141: an assertion failed; sglang#36894: unloading after n > 1 never ended."""
+    names = [f"adapter-{seed}" for seed in range(4)]
+    folders = {name: register(server, name, seed=seed) for seed, name in enumerate(names)}
+    expected = {name: server.expected("abc", [(f, 1.0)]) for name, f in folders.items()}
+    expected["tiny"] = server.expected("abc", [])
+    slow_down(server, 0.01)
+
+    def ask(name: str) -> list[str]:
+        body = {"model": name, "prompt": "abc", "n": 3, "temperature": 0, "ignore_eos": True}
+        answer = server.http.post("/v1/completions", json=body | {"max_tokens": 12})
+        return [choice["text"] for choice in answer.json()["choices"]]
+
+    with ThreadPoolExecutor(5) as pool:
+        for name, texts in zip(expected, pool.map(ask, expected), strict=True):
+            assert texts == [expected[name]] * 3
+    for name in names:
+        assert server.http.delete(f"/v1/adapters/{name}", timeout=10).status_code == 200
+
+
+def test_8_an_evicted_adapters_weights_are_not_the_next_ones(tmp_path: Path) -> None:
+    """sglang#8103: they stayed in modules that the next adapter does not have."""
+    with serve(tmp_path, adapter_memory=90_000) as server:  # the wide one fills it
+        folders = {"wide": register(server, "wide", "lora-r8-all", 1)}
+        for seed in range(4):
+            folders[f"narrow-{seed}"] = register(server, f"narrow-{seed}", seed=seed)
+        for name in [*folders, *reversed(folders)]:
+            assert server.complete(name, "abc") == server.expected("abc", [(folders[name], 1.0)])
+        assert server.runtime.stats()["num_adapter_evictions"] >= 5
+
+
+def test_9_a_cold_adapter_is_served_beside_hot_ones(server: Served) -> None:
+    """sglang#15129, vllm#16876: it starved; sglang#13349: more adapters than slots crawled."""
+    for seed in range(5):
+        register(server, f"adapter-{seed}", seed=seed)
+    slow_down(server, 0.001)
+    stop = False
+
+    def hot(seed: int) -> int:
+        num_answers = 0
+        while not stop:
+            server.complete(f"adapter-{seed}", "abc", max_tokens=30)
+            num_answers += 1
+        return num_answers
+
+    with ThreadPoolExecutor(12) as pool:
+        busy = [pool.submit(hot, i % 4) for i in range(8)]
+        wait_until(lambda: server.runtime.stats()["num_running"] > 0)
+        try:
+            for _ in range(3):
+                server.complete("adapter-4", "abc", max_tokens=2)
+        finally:
+            stop = True
+        assert all(future.result() > 0 for future in busy)
+
+
+def test_10_ranks_are_true_and_the_base_is_untouched(tmp_path: Path) -> None:
+    """vllm#22782, vllm#14435: zeros were computed up to a maximum rank, of every adapter; and
+    vllm#10898: adapters slowed the base. Here each takes its own bytes, and base rows are computed
+    as if there were none."""
+    with serve(tmp_path) as server:
+        base = server.complete("tiny", "abc")
+        sizes = {}
+        for rank in (1, 4, 32):
+            folder = server.make_adapter("lora-r4", rank, r=rank)
+            assert server.push(f"rank-{rank}", folder).status_code == 201
+            sizes[rank] = server.http.get(f"/v1/adapters/rank-{rank}").json()["num_bytes"]
+            text = server.complete(f"rank-{rank}", "abc")
+            assert text == server.expected("abc", [(folder, 1.0)])
+        assert sizes[1] < sizes[4] < sizes[32]
+        assert server.complete("tiny", "abc") == base == server.expected("abc", [])
+
+
+def test_11_methods_mix_in_one_batch(tmp_path: Path) -> None:
+    """vllm#10849: no DoRA; peft#759: IA³ and prefix tuning never in one batch."""
+    kinds = ["dora", "ia3", "prefix", "prompt", "lora-r8-all"]
+    with serve(tmp_path) as server:
+        folders = {kind: register(server, kind, kind, seed) for seed, kind in enumerate(kinds)}
+        expected = {kind: server.expected("abc", [(f, 1.0)]) for kind, f in folders.items()}
+        slow_down(server, 0.01)
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            texts = pool.map(lambda kind: server.complete(kind, "abc"), kinds)
+            assert dict(zip(kinds, texts, strict=True)) == expected
+
+
+def test_12_idle_adapters_stay_in_the_metrics_and_all_survive_a_restart(tmp_path: Path) -> None:
+    """vllm#45325: they vanished; vllm#12174: adapters were lost."""
+    with serve(tmp_path) as server:
+        folder = register(server, "idle", seed=1)
+        server.complete("idle", "abc")
+        for _ in range(3):
+            server.complete("tiny", "abc")
+            text = server.http.get("/metrics").text
+            assert 'polypeft_adapter_requests_total{adapter="idle"} 1.0' in text
+        expected = server.expected("abc", [(folder, 1.0)])
+        config = (folder / CONFIG).read_bytes()
+    (tmp_path / "adapters").rename(tmp_path / "of-the-first")
+    with serve(tmp_path) as server:
+        assert server.complete("idle", "abc") == expected
+        assert 'adapter="idle"' in server.http.get("/metrics").text
+        answer = server.push("idle", tmp_path / "of-the-first" / folder.name, config=config)
+        assert (answer.status_code, answer.json()["status"]) == (200, "unchanged")
+
+
+def test_12_vllms_gauge_names_what_runs(server: Served) -> None:
+    """As routers read it."""
+    register(server, "busy", seed=1)
+    register(server, "idle", seed=2)
+    slow_down(server, 0.005)
+    with stream(server, LONG | {"model": "busy"}):
+        text = server.http.get("/metrics").text
+    assert (
+        'vllm:lora_requests_info{max_lora="4",running_lora_adapters="busy",'
+        'waiting_lora_adapters=""}' in text
+    )
