@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_keys_do_not_show(file: Path) -> None:
         ("config: other.yaml\n", "config: there is no such setting"),
         ("- a\n", "must map names"),
         ("a: [\n", "line 2"),
-        ("\ud800"[:0] + "\x00", "settings.yaml"),
+        ("\x00", "settings.yaml"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: str, said: str) -> None:
@@ -64,6 +65,14 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: str, said: str
     with pytest.raises(SettingsError) as caught:
         parse("--config", str(path))
     assert said in str(caught.value)
+
+
+def test_the_documents_table_has_every_setting_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    table = text.split("| setting | default | |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(Settings.model_fields)
 
 
 def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
