@@ -14,7 +14,7 @@ from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.memory import trim_malloc
 from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import PackedAdapter
-from peftcore.quant import Activations
+from peftcore.quant import Activations, Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters.admission import Packer
 from server.adapters.cache import AdapterCache, HostCache
@@ -87,19 +87,22 @@ def _activations(settings: Settings, device: torch.device) -> Activations | None
     return asked
 
 
-def _kv_dtype(settings: Settings, loaded: LoadedModel) -> torch.dtype:
-    """Half precision costs nothing beside codes, where the CPU kernels read it."""
+def kv_dtype_of(
+    settings: Settings, device: torch.device, quantization: Quantization, dtype: torch.dtype
+) -> torch.dtype:
+    """Half precision costs nothing beside codes, where the CPU kernels read it; otherwise as the
+    model computes, in `dtype`."""
     if settings.kv_cache_dtype != "auto":
         return cast(torch.dtype, getattr(torch, settings.kv_cache_dtype))
-    halves = loaded.device.type == "cpu" and kernels() is not None
-    return torch.float16 if halves and loaded.quantization != "none" else loaded.dtype
+    halves = device.type == "cpu" and kernels() is not None
+    return torch.float16 if halves and quantization != "none" else dtype
 
 
 def assemble(
     settings: Settings, loaded: LoadedModel, tokenizer: Tokenizer, base_name: str
 ) -> Runtime:
     """A runtime around a model in memory. Raises SetupError."""
-    kv_dtype = _kv_dtype(settings, loaded)
+    kv_dtype = kv_dtype_of(settings, loaded.device, loaded.quantization, loaded.dtype)
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     num_blocks = settings.kv_memory // block_bytes
     capacity = num_blocks * settings.block_size

@@ -21,7 +21,7 @@ from peftcore.ops.cpu import kernels_status
 from peftcore.quant import Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters import registry
-from server.build import SetupError, device_of, host_memory
+from server.build import SetupError, device_of, host_memory, kv_dtype_of
 from server.settings import Settings
 
 #: What Python, torch and transformers take before there is a model, in bytes, as README has it.
@@ -63,7 +63,9 @@ def make_plan(settings: Settings) -> Plan:
     config = AutoConfig.from_pretrained(folder.path).get_text_config()
     weights = _weights(folder.path)
     base = _base_bytes(weights, settings.quantization)
-    position = _position_bytes(config) * (2 if _is_half(settings, device) else 4)
+    computed = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kv_dtype = kv_dtype_of(settings, device, settings.quantization, computed)
+    position = _num_position_values(config) * kv_dtype.itemsize
     capacity = settings.kv_memory // (position * settings.block_size) * settings.block_size
     if capacity == 0:
         raise SetupError(f"--kv-memory: one block takes {position * settings.block_size} bytes")
@@ -113,17 +115,11 @@ def _base_bytes(shapes: Mapping[str, list[int]], quantization: Quantization) -> 
     return int(total)
 
 
-def _position_bytes(config: Any) -> int:
+def _num_position_values(config: Any) -> int:
     """Values that one position takes in the cache."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(config.num_hidden_layers * heads * width * 2)
-
-
-def _is_half(settings: Settings, device: torch.device) -> bool:
-    if settings.kv_cache_dtype == "auto":
-        return device.type != "cpu"
-    return settings.kv_cache_dtype != "float32"
 
 
 def _available() -> int | None:
