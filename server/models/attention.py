@@ -35,7 +35,7 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of every row to its own sequence's cached positions.
+    """Attention of every row to its own sequence's cached positions.
 
     Args:
         module: the attention layer; `layer_idx` picks the cache layer.
@@ -108,6 +108,7 @@ def attend(
         how.window,
         how.softcap,
         how.sinks,
+        context.causal,
     )
     return out
 
@@ -219,7 +220,7 @@ def _mask(context: ForwardContext, group: _PromptRows | _DecodeRows, window: int
             last = group.position + torch.arange(count, device=places.device)[:, None]
         else:
             last = group.context_lens[:, None] - 1
-        mask = places <= last
+        mask = places <= last if context.causal else torch.ones_like(places, dtype=torch.bool)
         if window is not None:
             mask &= places > last - window
         context.shared[name] = mask

@@ -40,12 +40,15 @@ class ForwardContext:
     Attributes:
         slots: `[rows]` int64, where the rows' own keys and values go.
         chunks: the rows' sequences; every row is in one.
+        causal: does a row see no position behind its own? Else it sees all of its sequence's, which
+            is whole in this pass.
         shared: what the attention derives from these once for all layers.
     """
 
     pool: KVPool
     slots: Tensor
     chunks: Sequence[ChunkRows]
+    causal: bool = True
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
 

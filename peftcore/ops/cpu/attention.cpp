@@ -115,25 +115,26 @@ struct Attention {
     float* sums = p + Q * kSpan;
     T* gathered = reinterpret_cast<T*>(sums + Q * padded);
     std::fill(sums, sums + Q * padded, 0.f);
-    int64_t position[Q], lowest[Q];
+    int64_t lowest[Q], seen[Q];  // the positions [lowest, seen) are visible
     float maximum[Q], total[Q];
     for (int i = 0; i < Q; ++i) {
       const int64_t row = chunk.row + (first + i) / group;
-      position[i] = chunk.position + (first + i) / group;
-      lowest[i] = scores.window ? std::max<int64_t>(0, position[i] - scores.window + 1) : 0;
+      const int64_t position = chunk.position + (first + i) / group;
+      lowest[i] = scores.window ? std::max<int64_t>(0, position - scores.window + 1) : 0;
+      seen[i] = scores.causal ? position + 1 : chunk.position + chunk.num_rows;
       maximum[i] = kHidden;
       total[i] = 0.f;
       rotate(q.at(row, head * group + (first + i) % group), rotary, row, dim, query + i * dim);
       for (int64_t d = 0; d < dim; ++d) query[i * dim + d] *= scores.scale;
     }
-    const int64_t end = position[Q - 1] + 1;
+    const int64_t end = seen[Q - 1];
     for (int64_t span = lowest[0] / kSpan * kSpan; span < end; span += kSpan) {
       const int n = static_cast<int>(std::min<int64_t>(kSpan, end - span));
       const int tiles = (n + kLanes - 1) / kLanes;
       for (int t = 0; t < tiles; t += kWide) score<Q>(chunk, span, t, tiles, end, head, query, p, gathered);
       float factors[Q];
       for (int i = 0; i < Q; ++i)
-        factors[i] = soften(p + i * kSpan, tiles, lowest[i] - span, position[i] + 1 - span,
+        factors[i] = soften(p + i * kSpan, tiles, lowest[i] - span, seen[i] - span,
                             maximum[i], total[i]);
       const T* values[kSpan];
       for (int j = 0; j < n; ++j) values[j] = value(chunk, span + j, head);

