@@ -141,12 +141,16 @@ class AdapterProgram:
         digest: SHA-256 of the canonical config and weights as hex; the adapter's identity.
         method: PEFT's `peft_type`.
         num_virtual_tokens: positions that the adapter takes before the prompt.
+        task: PEFT's `task_type`; None for one that generates.
+        num_labels: of the adapter's own head; 0 without one.
     """
 
     digest: str
     method: str
     primitives: Sequence[Primitive]
     num_virtual_tokens: int = 0
+    task: str | None = None
+    num_labels: int = 0
 
     @property
     def max_rank(self) -> int:
@@ -177,10 +181,15 @@ class AdapterProgram:
         )
 
 
-def digest_of(config: AdapterConfig, tensors: TensorReader) -> str:
-    """SHA-256 over the canonical config and every tensor's name, dtype, shape and bytes, as hex."""
+def digest_of(config: AdapterConfig, tensors: TensorReader, task: str | None = None) -> str:
+    """SHA-256 over the canonical config and every tensor's name, dtype, shape and bytes, as hex.
+
+    A task decides what a head means: it counts, where there is one.
+    """
     digest = hashlib.sha256()
     canonical = {"peft_type": config.peft_type, **config.canonical()}
+    if task is not None:
+        canonical["task_type"] = task
     digest.update(json.dumps(canonical).encode())
     for key in sorted(tensors.keys()):
         tensor = tensors.peek(key)
@@ -196,6 +205,7 @@ def compile_adapter(
     *,
     digest: str | None = None,
     check_values: bool = True,
+    task: str | None = None,
 ) -> AdapterProgram:
     """Check an adapter against the base and turn it into a program.
 
@@ -205,15 +215,14 @@ def compile_adapter(
         base: the model to attach to.
         digest: the adapter's digest where it is known already.
         check_values: must what it compiles to be finite? It was looked at before, if not.
+        task: what `base` is a view for, see `tasks`; None: it generates.
 
     Raises:
         ConfigError: the config, or what it compiles to, does not fit the base.
         CheckpointError: a key is missing, left over, misshapen or not finite.
     """
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ConfigError(
-            "task_type", f"{config.task_type}: this server serves CAUSAL_LM adapters only"
-        )
+    if task is None and config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError("task_type", f"{config.task_type}: this base serves CAUSAL_LM only")
     primitives = config.compile(base, tensors)
     tensors.finish()
     check_fits(primitives, base)
@@ -227,7 +236,7 @@ def compile_adapter(
         next((p.keys.shape[0] for p in primitives if isinstance(p, PrefixKV)), 0),
     )
     return AdapterProgram(
-        digest or digest_of(config, tensors), config.peft_type, primitives, virtual
+        digest or digest_of(config, tensors, task), config.peft_type, primitives, virtual, task
     )
 
 

@@ -25,7 +25,9 @@ from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.sequence import PoolingParams
 from server.errors import Conflict, ServerError
+from server.models.embedding import default_embedding, embedding_defaults
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel, load_model
 from server.runtime import Runtime
@@ -58,7 +60,9 @@ def build_runtime(settings: Settings) -> Runtime:
     activations = _activations(settings, device)
     loaded = load_model(folder.path, settings.quantization, device, activations)
     tokenizer = Tokenizer.from_folder(folder.path)
-    runtime = assemble(settings, loaded, tokenizer, settings.served_model_name or folder.name)
+    name = settings.served_model_name or folder.name
+    embedding = embedding_defaults(folder.path, loaded)
+    runtime = assemble(settings, loaded, tokenizer, name, embedding)
     if settings.preload is not None:
         preload(runtime, settings.preload)
     trim_malloc()  # what loading took for a time lies between what stays
@@ -99,12 +103,26 @@ def kv_dtype_of(
 
 
 def assemble(
-    settings: Settings, loaded: LoadedModel, tokenizer: Tokenizer, base_name: str
+    settings: Settings,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    base_name: str,
+    embedding: PoolingParams | None = None,
 ) -> Runtime:
-    """A runtime around a model in memory. Raises SetupError."""
+    """A runtime around a model in memory. Raises SetupError.
+
+    Args:
+        embedding: how the model's own files say that texts are embedded, if they do.
+    """
     kv_dtype = kv_dtype_of(settings, loaded.device, loaded.quantization, loaded.dtype)
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     num_blocks = settings.kv_memory // block_bytes
+    max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
+    if loaded.is_encoder:  # its keys and values are needed within a step, by each layer anew
+        longest = settings.max_model_len or loaded.max_position_embeddings
+        max_num_batched_tokens = max(max_num_batched_tokens, longest)
+        per_step = 2 * max_num_batched_tokens // settings.block_size + settings.max_num_seqs
+        num_blocks = min(num_blocks, per_step)
     capacity = num_blocks * settings.block_size
     max_model_len = min(settings.max_model_len or loaded.max_position_embeddings, capacity)
     if settings.max_model_len is not None:
@@ -131,7 +149,7 @@ def assemble(
     arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
     store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
 
-    packer = Packer(loaded.base, loaded.dtype)
+    packer = Packer(loaded.tasks, loaded.dtype)
 
     def load(digest: str) -> PackedAdapter:
         return packer.load(store.folder(digest), digest)
@@ -146,7 +164,7 @@ def assemble(
     )
     adapters = AdapterManager(
         store,
-        loaded.base,
+        loaded.tasks,
         base_name,
         packer=packer,
         arena_bytes=arena.data.nbytes,
@@ -165,7 +183,8 @@ def assemble(
         BlockManager(num_blocks, settings.block_size),
         cache,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+        max_num_batched_tokens=max_num_batched_tokens,
+        whole=loaded.is_encoder,
     )
     engine = Engine(
         scheduler,
@@ -183,6 +202,9 @@ def assemble(
         max_model_len=max_model_len,
         max_waiting=settings.max_waiting,
         request_timeout=settings.request_timeout,
+        generates=loaded.tasks.generates,
+        prepare_task=loaded.tasks.task_class,
+        embedding=embedding or default_embedding(loaded),
         facts={
             "model": base_name,
             "quantization": loaded.quantization,
@@ -216,9 +238,13 @@ def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore
 def preload(runtime: Runtime, folder: Path) -> None:
     """Register every adapter folder in `folder` by its name; one that is refused is reported."""
     for path in sorted(p for p in folder.iterdir() if (p / CONFIG_NAME).is_file()):
+        model_config = path / "config.json"
         try:
             info, outcome = runtime.adapters.register(
-                path.name, (path / CONFIG_NAME).read_bytes(), path / WEIGHTS_NAME
+                path.name,
+                (path / CONFIG_NAME).read_bytes(),
+                path / WEIGHTS_NAME,
+                model_config.read_bytes() if model_config.is_file() else None,
             )
         except ServerError as exc:
             raise SetupError(f"--preload {path}: {exc.message}") from exc

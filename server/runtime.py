@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from server.adapters.manager import AdapterManager, Lease
 from server.engine.engine import Engine, StepOutput
-from server.engine.sequence import SampledToken, SamplingParams, Sequence
+from server.engine.sequence import PoolingParams, SampledToken, SamplingParams, Sequence
 from server.errors import (
     BadRequest,
     ContextTooLong,
@@ -36,6 +36,23 @@ logger = logging.getLogger(__name__)
 
 #: The longest time, in seconds, that a client is told to stay away when the queue is full.
 _MAX_RETRY_AFTER = 60
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What one input was pooled to: `values` `[dim]`, `[labels]` or `[tokens, labels]`, a tensor;
+    `num_cached_tokens` of it came from the cache."""
+
+    values: Any
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """One input. Token type ids tell two texts apart; None for one text."""
+
+    token_ids: list[int]
+    token_type_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,20 @@ class _Channel:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[StepOutput | ServerError | None] = asyncio.Queue()
 
+    async def next(self) -> StepOutput:
+        """Raises Unavailable, and what the request failed by."""
+        output = await self.queue.get()
+        if output is None:
+            raise Unavailable("the engine has stopped")
+        if isinstance(output, ServerError):
+            raise output
+        if output.error is None:
+            return output
+        if isinstance(output.error, ServerError):
+            raise output.error
+        message = "the request failed; the server's log has the details"
+        raise ServerError(message) from output.error
+
 
 class Runtime:
     """A loaded model with its engine, adapters and tokenizer; what the HTTP layer talks to.
@@ -64,10 +95,13 @@ class Runtime:
         base_name: the base model's name in requests.
         created: when it was loaded, in seconds since the epoch.
         max_model_len: longest context in tokens.
+        generates: does the base compute text? Else it is an encoder.
+        embedding: how texts are embedded where a request does not say.
 
     Args:
         max_waiting: most sequences beyond those that one step can hold.
-        request_timeout: seconds from the start of `generate` to its end, or None.
+        request_timeout: seconds from the start of a request to its end, or None.
+        prepare_task: makes what a task's adapters need, so that no step waits for it.
     """
 
     def __init__(
@@ -81,6 +115,9 @@ class Runtime:
         facts: Mapping[str, Any],
         max_waiting: int,
         request_timeout: float | None,
+        generates: bool,
+        prepare_task: Callable[[str], object],
+        embedding: PoolingParams,
     ) -> None:
         self.adapters = adapters
         self.tokenizer = tokenizer
@@ -90,6 +127,9 @@ class Runtime:
         self.max_waiting = max_waiting
         self.request_timeout = request_timeout
         self.facts = dict(facts)
+        self.embedding = embedding
+        self.generates = generates
+        self._prepare_task = prepare_task
         self.engine = engine
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -134,6 +174,7 @@ class Runtime:
         Raises, at any time:
             DeadlineExceeded: after `request_timeout` seconds. What ran of it has been aborted.
         """
+        self.check_generates(lease)
         self._check(prompt_token_ids, params, lease)
         request_id = uuid.uuid4().hex
         sequences = [
@@ -156,17 +197,7 @@ class Runtime:
         deadline = self._start_deadline(channel.loop, request_id)
         try:
             while num_left:
-                output = await channel.queue.get()
-                if output is None:
-                    raise Unavailable("the engine has stopped")
-                if isinstance(output, ServerError):
-                    raise output
-                if output.error is not None:
-                    if isinstance(output.error, ServerError):
-                        raise output.error
-                    raise ServerError(
-                        "the request failed; the server's log has the details"
-                    ) from output.error
+                output = await channel.next()
                 num_left -= output.finish_reason is not None
                 yield ChoiceDelta(
                     output.key[1],
@@ -183,6 +214,88 @@ class Runtime:
             self._num_live -= n
             if num_left:
                 self._command(lambda: self.engine.abort(request_id))
+
+    async def pool(
+        self, inputs: Seq[TextTokens], pooling: PoolingParams, lease: Lease
+    ) -> list[Pooled]:
+        """Pool every input. A cancelled call aborts them.
+
+        Raises:
+            BadRequest: an input that is empty or too long, or holds a token outside the vocabulary.
+            Unavailable: the engine has stopped.
+            QueueFull: see `check_queue`. DeadlineExceeded: after `request_timeout` seconds.
+        """
+        self.check_alive()
+        self.check_queue()
+        if lease.task is not None:
+            await asyncio.to_thread(self._prepare_task, lease.task)
+        for i, given in enumerate(inputs):
+            self._check_input(
+                given.token_ids, lease, "input" if len(inputs) == 1 else f"input[{i}]"
+            )
+        request_id = uuid.uuid4().hex
+        sequences = [
+            Sequence(
+                (request_id, i),
+                given.token_ids,
+                SamplingParams(),
+                adapters=lease.uses,
+                num_virtual_tokens=lease.num_virtual_tokens,
+                virtual_kv=lease.virtual_kv,
+                max_len=self.max_model_len,
+                pooling=pooling,
+                token_type_ids=given.token_type_ids,
+            )
+            for i, given in enumerate(inputs)
+        ]
+        channel = self._channels[request_id] = _Channel()
+        self._num_live += len(inputs)
+        self._command(lambda: self.engine.add(*sequences))
+        results: dict[int, Pooled] = {}
+        deadline = self._start_deadline(channel.loop, request_id)
+        try:
+            while len(results) < len(inputs):
+                output = await channel.next()
+                results[output.key[1]] = Pooled(output.pooled, output.num_cached_tokens)
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            del self._channels[request_id]
+            self._num_live -= len(inputs)
+            if len(results) < len(inputs):
+                self._command(lambda: self.engine.abort(request_id))
+        return [results[i] for i in range(len(inputs))]
+
+    def _check_input(self, token_ids: Seq[int], lease: Lease, param: str) -> None:
+        if not token_ids:
+            raise BadRequest(f"{param}: empty", param=param)
+        vocab = self.facts["vocab_size"]
+        outside = next((t for t in token_ids if not 0 <= t < vocab), None)
+        if outside is not None:
+            raise BadRequest(
+                f"{param}: token id {outside} is outside the vocabulary of {vocab}", param=param
+            )
+        room = self.max_model_len - lease.num_virtual_tokens
+        if len(token_ids) > room:
+            raise BadRequest(
+                f"{param}: {len(token_ids)} tokens, and at most {room} are taken; shorten the text",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def check_generates(self, lease: Lease) -> None:
+        """Raises BadRequest where what a request names computes no text."""
+        if not self.generates:
+            reason = f"{self.base_name!r} is an encoder"
+        elif lease.task is not None:
+            reason = f"{lease.label!r} is a {lease.task} adapter"
+        else:
+            return
+        raise BadRequest(
+            f"model: {reason}, which generates no text: use /v1/classify or /v1/embeddings",
+            param="model",
+            code="model_does_not_generate",
+        )
 
     def _start_deadline(
         self, loop: asyncio.AbstractEventLoop, request_id: str
@@ -383,4 +496,4 @@ def _put_all(items: list[tuple[_Channel, StepOutput]]) -> None:
         channel.queue.put_nowait(output)
 
 
-__all__ = ["ChoiceDelta", "Runtime"]
+__all__ = ["ChoiceDelta", "Pooled", "Runtime", "TextTokens"]

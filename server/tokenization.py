@@ -40,6 +40,22 @@ class Tokenizer:
         """Token ids of plain text, with the model's own leading token if it has one."""
         return list(self._tokenizer(text)["input_ids"])
 
+    def encode_pair(
+        self, text: str, pair: str | None = None
+    ) -> tuple[list[int], list[int] | None, list[tuple[int, int]]]:
+        """As `encode`, of one text or of two joined as the model's tokenizer joins them.
+
+        Returns:
+            token ids; token type ids, where there are two texts and the model tells them apart;
+            each token's characters [start, end) in its own text, an empty span for a special one.
+        """
+        found = self._tokenizer(text, pair, return_offsets_mapping=True)
+        types = found.get("token_type_ids") if pair is not None else None
+        return list(found["input_ids"]), types, [tuple(span) for span in found["offset_mapping"]]
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -45,12 +45,20 @@ class Served:
         return tiny.save_random_adapter(self.model, config, path, seed)
 
     def push(
-        self, name: str, folder: Path, *, config: bytes | None = None, weights: bytes | None = None
+        self,
+        name: str,
+        folder: Path,
+        *,
+        config: bytes | None = None,
+        weights: bytes | None = None,
+        id2label: bytes | None = None,
     ) -> httpx.Response:
         """Upload a folder's files, or other bytes in their place."""
         config = (folder / CONFIG).read_bytes() if config is None else config
         weights = (folder / WEIGHTS).read_bytes() if weights is None else weights
         files = {"config": (CONFIG, config), "weights": (WEIGHTS, weights)}
+        if id2label is not None:
+            files["id2label"] = ("config.json", id2label)
         return self.http.post("/v1/adapters", data={"name": name}, files=files)
 
     def complete(self, model: str, prompt: str, **fields: Any) -> str:
@@ -97,9 +105,9 @@ def listen(load: Callable[[], Runtime], settings: Settings) -> Iterator[tuple[Se
 
 
 @contextmanager
-def serve(folder: Path, **settings: Any) -> Iterator[Served]:
-    """Start a server whose data lie in `folder`; stop it at exit."""
-    model = tiny.llama()
+def serve(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Iterator[Served]:
+    """Start a server whose data lie in `folder`, of a tiny llama by default; stop it at exit."""
+    model = tiny.llama() if model is None else model
     runtime = tiny.runtime(model, folder / "data", **settings)
     with listen(lambda: runtime, tiny.settings(folder / "data", **settings)) as (server, url):
         adapters = folder / "adapters"

@@ -16,6 +16,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -102,6 +105,23 @@ def bert(task: str = "SEQ_CLS") -> PreTrainedModel:
         "FEATURE_EXTRACTION": BertModel,
     }
     return _ready(classes[task](config))
+
+
+def for_task(base: PreTrainedModel, task: str, num_labels: int = 3) -> PreTrainedModel:
+    """transformers' class for a task around a base's own backbone, its head random."""
+    config = copy.deepcopy(base.config)
+    config.num_labels = num_labels
+    classes: dict[str, Any] = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+        "FEATURE_EXTRACTION": AutoModel,
+    }
+    torch.manual_seed(num_labels)
+    model = classes[task].from_config(config)
+    found = model.base_model.load_state_dict(base.base_model.state_dict(), strict=False)
+    assert not found.missing_keys
+    assert all(key.startswith("pooler.") for key in found.unexpected_keys)  # few heads read it
+    return model.float().eval()
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

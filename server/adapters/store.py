@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,6 +51,8 @@ class AdapterRecord:
         adds: may be mixed by weight.
         file_bytes: size of the two files; `put` measures it.
         created_at: seconds since the epoch.
+        task: PEFT's `task_type`; None for an adapter that generates.
+        num_labels: of its own head; 0 without one.
     """
 
     digest: str
@@ -64,11 +66,17 @@ class AdapterRecord:
     modules: tuple[str, ...]
     file_bytes: int
     created_at: float
+    task: str | None = None
+    num_labels: int = 0
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A name and the digest that it stands for now. Counts, times and the pin outlive a flip."""
+    """A name and the digest that it stands for now. Counts, times and the pin outlive a flip.
+
+    Attributes:
+        labels: what its classes are called, in the order of the head's rows; None: nobody said.
+    """
 
     name: str
     digest: str
@@ -77,6 +85,7 @@ class Alias:
     num_requests: int
     last_used_at: float | None
     pinned: bool
+    labels: tuple[str, ...] | None = None
 
 
 class AdapterStore:
@@ -249,7 +258,7 @@ class AdapterStore:
             row = connection.execute(
                 sa.select(registry.aliases).where(registry.aliases.c.name == name)
             ).first()
-        return None if row is None else Alias(**row._mapping)
+        return None if row is None else _alias(row)
 
     def aliases(self) -> list[Alias]:
         """All names, sorted."""
@@ -257,7 +266,7 @@ class AdapterStore:
             rows = connection.execute(
                 sa.select(registry.aliases).order_by(registry.aliases.c.name)
             ).all()
-        return [Alias(**row._mapping) for row in rows]
+        return [_alias(row) for row in rows]
 
     def names_of(self, digest: str) -> list[str]:
         """The names that stand for the digest, sorted."""
@@ -265,8 +274,8 @@ class AdapterStore:
         with self._engine.connect() as connection:
             return list(connection.scalars(query.order_by(registry.aliases.c.name)))
 
-    def set_alias(self, name: str, digest: str) -> str | None:
-        """Let `name` stand for `digest` from now on, in one transaction.
+    def set_alias(self, name: str, digest: str, labels: Sequence[str] | None = None) -> str | None:
+        """Let `name` stand for `digest` with these labels from now on, in one transaction.
 
         Returns:
             The digest it stood for before, or None.
@@ -281,12 +290,16 @@ class AdapterStore:
             ):
                 raise KeyError(digest)
             previous = connection.scalar(sa.select(registry.aliases.c.digest).filter_by(name=name))
+            kept = None if labels is None else list(labels)
             if previous is None:
-                values = {"digest": digest, "created_at": now, "updated_at": now}
+                values = {
+                    "digest": digest, "created_at": now, "updated_at": now, "labels": kept
+                }  # fmt: skip
                 connection.execute(sa.insert(registry.aliases).values(name=name, **values))
-            elif previous != digest:
+            else:
                 update = sa.update(registry.aliases).where(registry.aliases.c.name == name)
-                connection.execute(update.values(digest=digest, updated_at=now))
+                changes = {"updated_at": now} if previous != digest else {}
+                connection.execute(update.values(digest=digest, labels=kept, **changes))
             return previous
 
     def set_pinned(self, name: str, pinned: bool) -> None:
@@ -356,6 +369,11 @@ class AdapterStore:
         strays = [path for path in self._adapters_dir.iterdir() if path.name not in known]
         for path in [*self._staging_dir.iterdir(), *strays]:
             _remove(path)
+
+
+def _alias(row: Any) -> Alias:
+    labels = None if row.labels is None else tuple(row.labels)
+    return Alias(**{**row._mapping, "labels": labels})
 
 
 def _hash_files(folder: Path) -> str:

@@ -19,6 +19,7 @@ from server.api import (
     routes_completions,
     routes_models,
     routes_operations,
+    routes_pooling,
     routes_vllm,
 )
 from server.api.access import Access
@@ -42,6 +43,7 @@ _ROUTES: tuple[tuple[ModuleType, description.Responses], ...] = (
     (routes_models, description.NAMED),
     (routes_completions, description.GENERATES),
     (routes_chat, description.GENERATES),
+    (routes_pooling, description.POOLS),
     (routes_adapters, description.CHANGES),
     (routes_vllm, description.CHANGES | description.refusals(403)),
     (routes_operations, {}),

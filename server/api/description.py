@@ -25,6 +25,8 @@ COMMON = refusals(400, 401, 408, 413, 500, 503)
 NAMED = refusals(404)
 #: What a request that registers or changes an adapter may be answered.
 CHANGES = refusals(404, 409, 422)
+#: What a request that is pooled may be answered.
+POOLS = refusals(404, 422, 429, 504)
 #: What a request that generates may be answered.
 GENERATES: Responses = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},

@@ -146,6 +146,8 @@ class Adapter(BaseModel):
     tier: Literal["device", "host", "disk"]
     residency: Literal["device", "host", "disk", "loading"]
     num_running: int
+    task: str
+    labels: list[str] | None
 
 
 class RegisteredAdapter(Adapter):

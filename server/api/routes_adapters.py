@@ -31,7 +31,7 @@ async def register_adapter(request: Request) -> Response:
     manager = runtime_of(request).adapters
     async with receive_upload(request) as upload:
         info, outcome = await run_in_threadpool(
-            manager.register, upload.name, upload.config, upload.weights
+            manager.register, upload.name, upload.config, upload.weights, upload.id2label
         )
     answer = RegisteredAdapter(**_fields(info), status=outcome)
     return JSONResponse(
@@ -84,4 +84,5 @@ async def prefetch_adapter(name: str, request: Request) -> Adapter:
 
 
 def _fields(info: AdapterInfo) -> dict[str, Any]:
-    return asdict(info) | {"modules": list(info.modules)}
+    labels = None if info.labels is None else list(info.labels)
+    return asdict(info) | {"modules": list(info.modules), "labels": labels}

@@ -44,6 +44,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     tokenizer = runtime.tokenizer
     async with AsyncExitStack() as stack:
         lease = stack.enter_context(runtime.adapters.lease(body.model, body.mixture()))
+        runtime.check_generates(lease)
         messages = [message.to_template() for message in body.messages]
         prompt = await run_in_threadpool(tokenizer.chat, messages)
         room = runtime.max_model_len - lease.num_virtual_tokens - len(prompt)

@@ -22,6 +22,7 @@ from peftcore.config import MAX_CONFIG_BYTES
 from server.errors import BadRequest
 
 FIELDS = ("name", "config", "weights")
+OPTIONAL = ("id2label",)
 
 #: The request body, for the OpenAPI description.
 UPLOAD_SCHEMA: dict[str, Any] = {
@@ -44,6 +45,12 @@ UPLOAD_SCHEMA: dict[str, Any] = {
                         "description": "PEFT's adapter_model.safetensors, or AdapterHub's "
                         "adapter.safetensors",
                     },
+                    "id2label": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "what a classifier's classes are called, as JSON: a list, "
+                        '{"0": name, ...}, or the config.json of the model that was trained',
+                    },
                 },
             }
         }
@@ -53,11 +60,12 @@ UPLOAD_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upload:
-    """The three fields. `weights` is a path only as long as the upload is open."""
+    """The fields. `weights` is a path only as long as the upload is open."""
 
     name: str
     config: bytes
     weights: Path
+    id2label: bytes | None = None
 
 
 @asynccontextmanager
@@ -81,8 +89,12 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
         weights = parts["weights"]
         if not isinstance(weights, UploadFile):
             raise BadRequest("weights: must be sent as a file", param="weights")
+        labels = parts.get("id2label")
         yield Upload(
-            name.decode(errors="replace"), config, await run_in_threadpool(_path_of, weights)
+            name.decode(errors="replace"),
+            config,
+            await run_in_threadpool(_path_of, weights),
+            None if labels is None else await _bytes_of(labels, MAX_CONFIG_BYTES + 1),
         )
     finally:
         await form.close()
@@ -111,7 +123,7 @@ class _Parser(MultiPartParser):
 def _by_name(form: FormData) -> dict[str, UploadFile | str]:
     parts: dict[str, UploadFile | str] = {}
     for name, value in form.multi_items():
-        if name not in FIELDS:
+        if name not in (*FIELDS, *OPTIONAL):
             raise BadRequest(f"{name[:200]}: no such field", param=name, code="unknown_parameter")
         if name in parts:
             raise BadRequest(f"{name}: sent twice", param=name)

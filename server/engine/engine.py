@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 from server.adapters.cache import AdapterCache
 from server.engine.block_manager import BlockManager
@@ -21,7 +22,8 @@ from server.tokenization import Detokenizer, Tokenizer
 class StepOutput:
     """What one step gives to one sequence.
 
-    `token` is None where the sequence ends without a new one; `error` says why it failed.
+    `token` is None where the sequence ends without a new one; `pooled` is the result of one that
+    is pooled, a tensor; `error` says why it failed.
     """
 
     key: tuple[str, int]
@@ -29,6 +31,7 @@ class StepOutput:
     token: SampledToken | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    pooled: Any = None
     error: Exception | None = None
 
 
@@ -92,7 +95,7 @@ class Engine:
         logits = self.runner.execute(batch)
         sampled = [chunk.seq for chunk in batch.chunks if chunk.samples]
         for chunk in batch.chunks:
-            if chunk.seq.num_output_tokens == 0 and chunk.samples:
+            if chunk.seq.num_output_tokens == 0 and chunk.completes:
                 self.num_prompt_tokens += chunk.seq.prompt_len
                 self.num_prefix_hit_tokens += chunk.seq.num_cached
         self.scheduler.computed(batch)
@@ -100,6 +103,9 @@ class Engine:
             tokens = self.sampler.sample(logits, sampled)
             for seq, token in zip(sampled, tokens, strict=True):
                 outputs.append(self._advance(seq, token))
+        for chunk in batch.chunks:
+            if chunk.seq.pooling is not None and chunk.completes:
+                outputs.append(self._give_pooled(chunk.seq))
         return outputs
 
     def fail(self, error: Exception) -> list[StepOutput]:
@@ -141,6 +147,15 @@ class Engine:
             self._end(seq)
         cached = max(0, seq.num_cached - seq.num_virtual_tokens)
         return StepOutput(seq.key, text, token, reason, cached)
+
+    def _give_pooled(self, seq: Sequence) -> StepOutput:
+        self._end(seq)
+        return StepOutput(
+            seq.key,
+            finish_reason="stop",
+            num_cached_tokens=max(0, seq.num_cached - seq.num_virtual_tokens),
+            pooled=seq.pooled,
+        )
 
     def _end(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)

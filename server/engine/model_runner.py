@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftcore.layers import AdapterBatch, Segment, VirtualRows
 from peftcore.packing import BoundAdapter
+from server.engine.pooling import Pooler
 from server.engine.scheduler import Batch, Chunk
 from server.engine.sequence import Sequence
 from server.models.context import ChunkRows, ForwardContext, forward_context
@@ -34,12 +35,16 @@ class ModelRunner:
         self.loaded = loaded
         self.pool = pool
         self.resident = resident
+        self.pooler = Pooler(loaded, resident)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        """Compute the batch; logits `[rows that sample, vocab]`, in the order of its chunks."""
-        device = self.loaded.device
+        """Compute the batch; logits `[rows that sample, vocab]`, in the order of its chunks.
+
+        Sequences that are pooled get their part into `Sequence.pooled`.
+        """
         self._write_prefixes(batch)
+        hidden: Tensor | None
         tokens, positions, slots, outputs = [], [], [], []
         end = 0
         for chunk in batch.chunks:
@@ -50,21 +55,59 @@ class ModelRunner:
             end += chunk.num_tokens
             if chunk.samples:
                 outputs.append(end - 1)
-        context = ForwardContext(self.pool, self._tensor(np.concatenate(slots)), self._rows(batch))
+        context = ForwardContext(
+            self.pool,
+            self._tensor(np.concatenate(slots)),
+            self._rows(batch),
+            causal=not self.loaded.is_encoder,
+        )
         host = self.loaded.host
         host.batch = self._adapter_batch(batch)
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self.loaded.device),
+            "position_ids": self._tensor(np.concatenate(positions))[None],
+        }
         try:
             with forward_context(context):
-                output = self.loaded.model(
-                    input_ids=torch.tensor([tokens], device=device),
-                    position_ids=self._tensor(np.concatenate(positions))[None],
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(outputs, dtype=torch.long, device=device),
-                )
+                if self.loaded.is_encoder:
+                    logits, hidden = self._encode(batch, inputs)
+                else:
+                    logits, hidden = self._decode(batch, inputs, outputs)
         finally:
             host.batch = AdapterBatch()
-        logits: Tensor = output.logits[0]
+        if hidden is not None:
+            self.pooler.pool(batch, hidden)
         return logits
+
+    def _decode(
+        self, batch: Batch, inputs: dict[str, Tensor], outputs: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the rows `outputs`; hidden states `[rows, hidden]` where some are pooled."""
+        found: list[Tensor] = []
+        model, hook = self.loaded.model, None
+        if any(chunk.seq.pooling is not None for chunk in batch.chunks):
+            hook = model.base_model.register_forward_hook(
+                lambda module, args, result: found.append(result.last_hidden_state[0])
+            )
+        try:
+            keep = torch.tensor(outputs, dtype=torch.long, device=self.loaded.device)
+            logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=keep).logits[0]
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits, found[0] if found else None
+
+    def _encode(self, batch: Batch, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As `_decode`: no logits, and all hidden states."""
+        inputs["position_ids"] += self.loaded.position_offset
+        if any(chunk.seq.token_type_ids is not None for chunk in batch.chunks):
+            types: list[int] = []
+            for chunk in batch.chunks:
+                own = chunk.seq.token_type_ids or [0] * len(chunk.seq.prompt_token_ids)
+                types.extend([*[0] * chunk.seq.num_virtual_tokens, *own][chunk.start : chunk.end])
+            inputs["token_type_ids"] = torch.tensor([types], device=self.loaded.device)
+        hidden: Tensor = self.loaded.model(**inputs).last_hidden_state[0]
+        return hidden.new_empty(0, 0), hidden
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.loaded.device)

@@ -56,9 +56,14 @@ class Chunk:
         return self.start + self.num_tokens
 
     @property
-    def samples(self) -> bool:
-        """Does this chunk reach the sequence's last token, so that the next one is sampled?"""
+    def completes(self) -> bool:
+        """Does this chunk reach the sequence's last token?"""
         return self.end == len(self.seq.token_ids)
+
+    @property
+    def samples(self) -> bool:
+        """Does it, so that the next token is sampled?"""
+        return self.completes and self.seq.pooling is None
 
 
 @dataclass
@@ -71,7 +76,12 @@ class Batch:
 
 
 class Scheduler:
-    """The waiting and the running sequences."""
+    """The waiting and the running sequences.
+
+    Args:
+        whole: a sequence is computed in one step, and what is in its blocks serves no other one:
+            the model is an encoder, whose every position sees all of them.
+    """
 
     def __init__(
         self,
@@ -81,6 +91,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_overtaken: int = 32,
+        whole: bool = False,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
@@ -89,6 +100,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_overtaken = max_overtaken
+        self.whole = whole
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -177,11 +189,14 @@ class Scheduler:
             num_places -= 1
 
     def _start(self, seq: Sequence, budget: int) -> int | None:
-        """Match the cached prefix and take blocks for a first chunk; None if there are too few."""
-        self.blocks.match(seq)
+        """Match the cached prefix and take blocks for a first chunk; None if there are too few, or
+        if the budget does not hold a sequence that must not be cut."""
+        if not self.whole and seq.may_skip_cached:
+            self.blocks.match(seq)
         start = max(seq.num_cached, seq.num_virtual_tokens if seq.virtual_kv else 0)
         num_tokens = min(len(seq.token_ids) - start, budget)
-        if not self.blocks.grow(seq, start + num_tokens):
+        is_cut = self.whole and start + num_tokens < len(seq.token_ids)
+        if is_cut or not self.blocks.grow(seq, start + num_tokens):
             self.blocks.release(seq)
             seq.reset()
             return None
@@ -196,7 +211,8 @@ class Scheduler:
         for chunk in batch.chunks:
             already = chunk.start if chunk.write_prefix_from is None else chunk.write_prefix_from
             chunk.seq.num_computed = chunk.end
-            self.blocks.commit(chunk.seq, already)
+            if not self.whole:
+                self.blocks.commit(chunk.seq, already)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back its blocks and pins."""

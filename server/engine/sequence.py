@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+PoolingKind = Literal["mean", "cls", "last", "SEQ_CLS", "TOKEN_CLS"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,26 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class PoolingParams:
+    """What a sequence gives in place of new tokens: one vector, or its classes' probabilities.
+
+    Attributes:
+        kind: mean, cls, last: an embedding of the input's own tokens (virtual ones are left out),
+            the mean of their hidden states, the first one's or the last one's. SEQ_CLS, TOKEN_CLS:
+            the probabilities `[labels]`, or `[tokens, labels]`, by the adapter's own head.
+        normalize: scale an embedding to length 1.
+    """
+
+    kind: PoolingKind
+    normalize: bool = False
+
+    @property
+    def reads_last(self) -> bool:
+        """In a decoder, is the last hidden state all that is read?"""
+        return self.kind in ("last", "SEQ_CLS")
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,9 @@ class Sequence:
         key: (request id, choice index).
         adapters: empty for the base; several for a mixture.
         virtual_kv: the virtual positions' keys and values are given (prefix tuning), not computed.
+        pooling: what is wanted in place of tokens; None where tokens are generated.
+        token_type_ids: of the prompt's tokens, where they are of two texts.
+        pooled: the result, or what of it the chunks so far have given; the runner's.
         num_computed: positions whose keys and values are in the cache.
         block_table: the cache blocks of positions 0.., in order.
     """
@@ -101,6 +125,8 @@ class Sequence:
     num_virtual_tokens: int = 0
     virtual_kv: bool = False
     max_len: int = 0
+    pooling: PoolingParams | None = None
+    token_type_ids: list[int] | None = None
 
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)
@@ -109,6 +135,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     #: Content hashes of the full blocks, as far as they are computed; owned by the block manager.
     block_hashes: list[bytes] = field(default_factory=list)
+    pooled: Any = None
     #: Does the sequence hold a pin on its adapters?
     pinned: bool = False
     #: Later requests that pinned adapters while this one waited for adapter memory.
@@ -133,6 +160,11 @@ class Sequence:
         return self.token_ids[self.prompt_len :]
 
     @property
+    def may_skip_cached(self) -> bool:
+        """Is nothing wanted of positions whose keys and values are cached?"""
+        return self.pooling is None or self.pooling.reads_last
+
+    @property
     def cache_seed(self) -> bytes:
         """What keeps one adapter's cache blocks apart from another's: digests and weights."""
         return "|".join(f"{use.digest}:{use.weight!r}" for use in self.adapters).encode()
@@ -142,4 +174,5 @@ class Sequence:
         self.num_computed = self.num_cached = 0
         self.block_table = []
         self.block_hashes = []
+        self.pooled = None
         self.status = Status.WAITING

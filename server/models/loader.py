@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peftcore.base import BaseModel
-from peftcore.layers import AdapterHost, attach
+from peftcore.layers import AdapterHost, AdapterModule, attach
 from peftcore.memory import MappedFiles
 from peftcore.ops.cpu import kernels
 from peftcore.quant import (
@@ -21,13 +30,17 @@ from peftcore.quant import (
     quantize_model,
     round_activations,
 )
+from peftcore.tasks import Tasks
 from server.models.attention import NAME
 from server.models.fused import fuse, unfuse
 from server.models.probe import (
     AttentionCall,
+    UnservableModel,
     check_config,
-    eager_logits,
+    eager_outputs,
+    is_encoder,
     observe,
+    position_offset,
     probe,
 )
 
@@ -41,6 +54,9 @@ class LoadedModel:
     Attributes:
         base: what adapters are compiled against.
         host: where a step's adapters are set.
+        tasks: what adapters of every task are compiled against, and their heads.
+        pooler: what an encoder's pooled output is made by, taken out of the model; or None.
+        position_offset: of an encoder, which position its first token has.
         eos_token_ids: tokens that end a sequence, from the model's generation config.
         max_position_embeddings: the longest context that the model was made for.
     """
@@ -54,6 +70,14 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_position_embeddings: int
+    tasks: Tasks
+    pooler: nn.Module | None = None
+    position_offset: int = 0
+
+    @property
+    def is_encoder(self) -> bool:
+        """Does it compute hidden states alone, each from its whole sequence?"""
+        return not self.tasks.generates
 
 
 def load_model(
@@ -62,7 +86,7 @@ def load_model(
     device: torch.device,
     activations: Activations | None = None,
 ) -> LoadedModel:
-    """Load a causal language model from a local folder.
+    """Load a causal language model, or an encoder, from a local folder.
 
     Float32 weights are mapped, not read: then no more than one of them is in RAM beside the codes.
 
@@ -73,9 +97,20 @@ def load_model(
         UnservableModel: the paged attention does not serve this architecture right.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    cls = AutoModelForCausalLM if _generates(AutoConfig.from_pretrained(folder)) else AutoModel
+    loading: Any = cls.from_pretrained  # mypy knows of one result only
+    model, info = loading(folder, dtype=dtype, output_loading_info=True)
+    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    if others := {path for path in missing if not path.startswith("pooler.")}:
+        raise UnservableModel(f"{folder}: holds no weights of {', '.join(sorted(others))}")
     release = MappedFiles(folder).release
-    return prepare_model(model, quantization, device, activations, release)
+    return prepare_model(model, quantization, device, activations, release, missing)
+
+
+def _generates(config: PretrainedConfig) -> bool:
+    """Is it a language model, as far as its config says?"""
+    classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return not config.architectures or bool(classes & set(config.architectures))
 
 
 def prepare_model(
@@ -84,10 +119,15 @@ def prepare_model(
     device: torch.device,
     activations: Activations | None = None,
     after_each: Callable[[], object] = lambda: None,
+    missing: Collection[str] = (),
 ) -> LoadedModel:
     """Make a model in memory ready to serve; changes it in place.
 
-    `after_each`: as for `quantize_model`. Raises as `load_model`.
+    Args:
+        after_each: as for `quantize_model`.
+        missing: modules that the model's files hold no weights of.
+
+    Raises as `load_model`.
     """
     check_config(model)
     model.eval().requires_grad_(False)
@@ -101,7 +141,9 @@ def prepare_model(
     chosen = (activations or fast_activations()) if on_codes else "float"
     round_activations(model, chosen)  # last: rounding would hide from the probe what it looks for
     base = BaseModel.from_model(model, kv_shapes)
+    tasks = Tasks(model, base, missing=missing)
     host = attach(model, base)
+    offset = position_offset(model)
     config = model.config.get_text_config()
     return LoadedModel(
         model=model,
@@ -112,8 +154,25 @@ def prepare_model(
         dtype=next(model.parameters()).dtype,
         device=device,
         eos_token_ids=_eos_token_ids(model),
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings - offset,
+        tasks=tasks,
+        pooler=_take_pooler(model) if is_encoder(model) else None,
+        position_offset=offset,
     )
+
+
+def _take_pooler(model: PreTrainedModel) -> nn.Module | None:
+    """Take an encoder's pooler out: in a packed batch it would pool the first row alone.
+
+    Its wrapped modules are given one row of each sequence then, as an output embedding's are.
+    """
+    pooler: nn.Module | None = getattr(model, "pooler", None)
+    if pooler is not None:
+        model.pooler = None  # type: ignore[assignment]
+        for module in pooler.modules():
+            if isinstance(module, AdapterModule):
+                module.is_output = True
+    return pooler
 
 
 def _make_faster(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
@@ -123,7 +182,7 @@ def _make_faster(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None
         UnservableModel: it does not compute right with its own modules either.
     """
     kv_shapes = [call.kv_shape for call in calls]
-    expected = eager_logits(model)
+    expected = eager_outputs(model)
     if model.device.type == "cpu" and model.dtype == torch.float32 and kernels() is not None:
         replaced = fuse(model, {call.layer: call for call in calls})
         try:
@@ -136,10 +195,10 @@ def _make_faster(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     eos = None
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # an encoder has none
         eos = model.generation_config.eos_token_id
     if eos is None:
-        eos = model.config.get_text_config().eos_token_id
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (eos,)

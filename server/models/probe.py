@@ -40,6 +40,19 @@ class UnservableModel(ValueError):
     """The model cannot be served; the message says why."""
 
 
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Does it compute hidden states and nothing else, each from its whole sequence?"""
+    return model.get_output_embeddings() is None
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """Where the model counts positions from: RoBERTa and its kin begin behind the padding's id."""
+    embeddings: Any = getattr(model, "embeddings", None)
+    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return 0
+    return int(embeddings.padding_idx) + 1
+
+
 def check_config(model: PreTrainedModel) -> None:
     """Refuse what a forward pass would not show.
 
@@ -91,8 +104,9 @@ def observe(model: PreTrainedModel) -> list[AttentionCall]:
             f"{name}: of {num_layers} layers, {len({call.layer for call in calls})} call "
             "transformers' attention interface (each should, once): its cache cannot be paged"
         )
+    num_positions = min(config.max_position_embeddings, _MAX_POSITION)
     for call in calls:
-        if not call.tells_its_mask(min(config.max_position_embeddings, _MAX_POSITION)):
+        if not call.tells_its_mask(num_positions, causal=not is_encoder(model)):
             raise UnservableModel(
                 f"{name}: the mask of layer {call.layer} hides something (a window, chunks) that "
                 "the layer does not tell its attention function: it would answer wrongly"
@@ -122,13 +136,15 @@ class AttentionCall:
     visible: _Visible | None
     has_sinks: bool
 
-    def tells_its_mask(self, num_positions: int) -> bool:
+    def tells_its_mask(self, num_positions: int, *, causal: bool) -> bool:
         """Do causality and the window say all that the mask does, at late positions too?"""
+        if not causal and self.window is not None:
+            return False  # what it means here is not known
         if self.visible is None:
             return True
         k = torch.arange(num_positions)
         for q in (k[num_positions // 2], k[-1]):
-            told = k <= q
+            told = k <= q if causal else torch.ones_like(k, dtype=torch.bool)
             if self.window is not None:
                 told &= k > q - self.window
             if not torch.equal(self.visible(0, 0, q, k).expand_as(told), told):
@@ -172,6 +188,8 @@ class _Observer:
     ) -> tuple[Tensor, None]:
         shape = (key.shape[1], key.shape[3], value.shape[3])
         visible = None if attention_mask is None else self._visible(attention_mask)
+        if not hasattr(module, "layer_idx"):  # of an encoder that has no use for it
+            module.layer_idx = len(self.calls)  # type: ignore[assignment]
         layer: int = module.layer_idx  # type: ignore[assignment]
         sinks = s_aux is not None
         self.calls.append(
@@ -190,15 +208,22 @@ class _Observer:
 def _prompts(model: PreTrainedModel) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
-    return [torch.randint(0, vocab, (n,), generator=generator) for n in _LENGTHS]
+    prompts = [torch.randint(0, vocab, (n,), generator=generator) for n in _LENGTHS]
+    pad = model.config.get_text_config().pad_token_id
+    if is_encoder(model) and pad is not None:  # some encoders give padding no position
+        prompts = [torch.where(ids == pad, (pad + 1) % vocab, ids) for ids in prompts]
+    return prompts
 
 
 @torch.inference_mode()
-def eager_logits(model: PreTrainedModel) -> list[Tensor]:
-    """What `probe` compares with: the model's own modules and its own eager attention."""
+def eager_outputs(model: PreTrainedModel) -> list[Tensor]:
+    """What `probe` compares with, logits or an encoder's hidden states `[len, dim]` of each prompt:
+    by the model's own modules and its own eager attention."""
     model.set_attn_implementation("eager")
     try:
         prompts = [prompt[None].to(model.device) for prompt in _prompts(model)]
+        if is_encoder(model):
+            return [model(prompt).last_hidden_state[0] for prompt in prompts]
         return [model(prompt, use_cache=False).logits[0] for prompt in prompts]
     finally:
         model.set_attn_implementation(NAME)
@@ -208,7 +233,7 @@ def eager_logits(model: PreTrainedModel) -> list[Tensor]:
 def probe(
     model: PreTrainedModel, kv_shapes: list[tuple[int, int, int]], expected: list[Tensor]
 ) -> None:
-    """Compare a ragged, chunked, paged batch with `eager_logits`.
+    """Compare a ragged, chunked, paged batch with `eager_outputs`.
 
     Raises:
         UnservableModel: the logits differ.
@@ -220,14 +245,17 @@ def probe(
         if not difference <= _TOLERANCE[want.dtype]:
             raise UnservableModel(
                 f"{type(model).__name__}: paged attention differs from eager attention by "
-                f"{difference:.2g} standard deviations of the logits: it would answer wrongly"
+                f"{difference:.2g} standard deviations of the outputs: it would answer wrongly"
             )
 
 
 def _paged_logits(
     model: PreTrainedModel, kv_shapes: list[tuple[int, int, int]], prompts: list[Tensor]
 ) -> list[Tensor]:
-    """Logits of every position: most of each prompt in a first step, then a chunk, then one row."""
+    """Logits of every position: most of each prompt in a first step, then a chunk, then one row.
+
+    An encoder's hidden states, of all prompts in one step.
+    """
     num_blocks = sum(-(-n // _BLOCK_SIZE) for n in _LENGTHS)
     pool = KVPool(
         kv_shapes,
@@ -246,11 +274,12 @@ def _paged_logits(
         tables.append(blocks)
     results: list[list[Tensor]] = [[] for _ in prompts]
     done = [0] * len(prompts)
-    for step in (
+    steps = [
         [max(1, n // 2) for n in _LENGTHS],
         [n - n // 2 - 1 for n in _LENGTHS],
         [1] * len(prompts),
-    ):
+    ]
+    for step in [list(_LENGTHS)] if is_encoder(model) else steps:
         rows, chunks, start = [], [], 0
         for i, n in enumerate(step):
             rows.append(torch.arange(done[i], done[i] + n))
@@ -261,6 +290,7 @@ def _paged_logits(
             pool=pool,
             slots=torch.cat([s[r] for s, r in zip(slots, rows, strict=True)]).to(model.device),
             chunks=chunks,
+            causal=not is_encoder(model),
         )
         tokens = torch.cat([p[r] for p, r in zip(prompts, rows, strict=True)]).to(model.device)
         with forward_context(context):
@@ -272,7 +302,11 @@ def _paged_logits(
 
 
 def _forward(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits `[rows, vocab]` of a packed batch."""
+    """Logits `[rows, vocab]` of a packed batch, or an encoder's hidden states."""
+    if is_encoder(model):
+        positions = positions[None].to(model.device) + position_offset(model)
+        found: Tensor = model(input_ids=tokens[None], position_ids=positions).last_hidden_state[0]
+        return found
     output = model(
         input_ids=tokens[None],
         position_ids=positions[None].to(model.device),

@@ -36,6 +36,7 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    causal: bool = True
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-    """Causal attention as transformers' eager functions write it, in float64.
+    """Attention as transformers' eager functions write it, in float64.
 
     Args:
         q: `[n, heads, dim]`, the last n of the positions; k: `[m, kv_heads, dim]`; v likewise.
@@ -63,7 +64,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     if scores.softcap is not None:
         logits = torch.tanh(logits / scores.softcap) * scores.softcap
     own, seen = torch.arange(m - n, m)[:, None], torch.arange(m)[None]
-    hidden = seen > own
+    hidden = seen > own if scores.causal else torch.zeros(n, m, dtype=torch.bool)
     if scores.window is not None:
         hidden |= seen <= own - scores.window
     logits = logits.masked_fill(hidden, -torch.inf)
@@ -147,7 +148,7 @@ class World:
             q, k, v,
             rows(self.cos) if has_rotary else None, rows(self.sin) if has_rotary else None,
             self.key_cache, self.value_cache, self.plan(pieces),
-            scores.scale, scores.window, scores.softcap, scores.sinks,
+            scores.scale, scores.window, scores.softcap, scores.sinks, scores.causal,
         )  # fmt: skip
         assert out.shape == (1, len(rows(self.queries)), self.shape.heads, self.shape.v_dim)
         return list(out[0].split([p.stop - p.start for p in pieces]))

@@ -126,6 +126,21 @@ def test_what_models_do_to_scores(ops: Any, shape: Shape, name: str, dtype: torc
                 assert_exact(found, world, piece, scores)
 
 
+@pytest.mark.parametrize("dtype", CACHES, ids=str)
+@pytest.mark.parametrize("scores", [Scores(causal=False), Scores(softcap=2.0, causal=False)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_without_causality_a_row_sees_its_whole_sequence(
+    ops: Any, shape: Shape, scores: Scores, dtype: torch.dtype
+) -> None:
+    """Several sequences at once, some behind a prefix that was written before."""
+    for block_size in (16, 3):
+        world = World(shape, [140, 1, 67, 64], block_size, dtype)
+        world.step([Piece(2, 0, 21), Piece(3, 0, 5)], scores)
+        pieces = [Piece(0, 0, 140), Piece(1, 0, 1), Piece(2, 21, 67), Piece(3, 5, 64)]
+        for piece, found in zip(pieces, world.step(pieces, scores), strict=True):
+            assert_exact(found, world, piece, scores)
+
+
 def test_large_scores_do_not_overflow(ops: Any) -> None:
     """One position takes all; and the maximum rises from span to span."""
     shape = Shape(heads=2, kv_heads=1)

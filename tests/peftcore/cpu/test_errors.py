@@ -293,6 +293,7 @@ ATTENTION: dict[str, Call] = {
     "double sinks": lambda k: attention(sinks=torch.zeros(4).double()),
     "a window of nothing": lambda k: attention(window=0),
     "a negative window": lambda k: attention(window=-3),
+    "a window without causality": lambda k: attention(window=3, causal=False),
 }  # fmt: skip
 
 CASES = {

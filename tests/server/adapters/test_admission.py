@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peftcore.packing import PackedAdapter
-from server.adapters import admission
+from peftcore.tasks import Tasks
 from server.adapters.admission import Packer
 from server.adapters.store import PACKED_NAME
 from server.runtime import Runtime
@@ -30,7 +30,7 @@ class World:
         loaded = runtime.engine.runner.loaded
         self.base, self.dtype, self.digest = loaded.base, loaded.dtype, info.digest
         self.folder = runtime.adapters.store.folder(info.digest)
-        self.packer = Packer(self.base, self.dtype)
+        self.packer = Packer(loaded.tasks, self.dtype)
 
     def load(self) -> PackedAdapter:
         return self.packer.load(self.folder, self.digest)
@@ -53,7 +53,7 @@ def test_a_registered_adapter_is_loaded_without_compiling(
     (world.folder / PACKED_NAME).rename(world.folder / "away")
     assert torch.equal(world.load().data, kept.data)
     (world.folder / "away").rename(world.folder / PACKED_NAME)
-    monkeypatch.setattr(admission, "compile_adapter", None)
+    monkeypatch.setattr(Tasks, "compile", None)
     assert torch.equal(world.load().data, kept.data)
 
 
@@ -78,7 +78,7 @@ def test_a_base_of_other_values_has_another_packed_form(world: World, tmp_path: 
     """The same structure in four bits: the file is there and must not be read."""
     other = tiny.runtime(tiny.llama(), tmp_path / "other", quantization="nf4")
     loaded = other.engine.runner.loaded
-    packer = Packer(loaded.base, loaded.dtype)
+    packer = Packer(loaded.tasks, loaded.dtype)
     found = packer.load(world.folder, world.digest)
     other.close()
     (world.folder / PACKED_NAME).unlink()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peftcore.base import BaseModel
 from peftcore.primitives import tensors_of
+from peftcore.tasks import Tasks
 from server.adapters.admission import validate
 from server.adapters.registry import NOT_COUNTED, SCHEMA_VERSION
 from server.adapters.store import AdapterStore, Alias, StoreError
@@ -110,7 +111,7 @@ def assert_taken_over(root: Path) -> None:
     assert [alias.name for alias in store.aliases()] == ["clerk", "poet"]
     store.check_integrity()
     store.close()
-    assert user_version(root) == SCHEMA_VERSION == 3
+    assert user_version(root) == SCHEMA_VERSION == 4
 
 
 def test_version_1_keeps_its_adapters_and_names(tmp_path: Path) -> None:
@@ -176,17 +177,17 @@ def test_a_takeover_that_fails_has_changed_nothing(
     assert_taken_over(root)
 
 
-def test_version_4_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "store"
     write_version_1(root, some_adapters())
     assert_taken_over(root)
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
-        connection.execute("PRAGMA user_version = 4")
-    with pytest.raises(StoreError, match=r"schema version 4; this program knows 3$"):
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(StoreError, match=r"schema version 5; this program knows 4$"):
         AdapterStore(root)
-    assert user_version(root) == 4
+    assert user_version(root) == SCHEMA_VERSION + 1
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
-        connection.execute("PRAGMA user_version = 3")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     assert_taken_over(root)
 
 
@@ -205,14 +206,14 @@ def test_version_1s_adapters_are_served(names: tuple[str, ...], tmp_path: Path) 
     }
     folders: dict[str, Path] = {}
     adapters: dict[str, tuple[Stored, dict[str, bytes]]] = {}
-    base = BaseModel.from_model(model)
+    tasks = Tasks(model, BaseModel.from_model(model))
     for name in names:
         folder = tiny.save_random_adapter(model, configs[name], tmp_path / name)
         if name == "lora-r4":
             weights = load_file(folder / tiny.WEIGHTS_NAME)
             save_file({k: t.half() for k, t in weights.items()}, folder / tiny.WEIGHTS_NAME)
         files = {file: (folder / file).read_bytes() for file in FILES}
-        _, program = validate(files[tiny.CONFIG_NAME], folder / tiny.WEIGHTS_NAME, base)
+        _, program = validate(files[tiny.CONFIG_NAME], folder / tiny.WEIGHTS_NAME, tasks)
         counts = [t.numel() for p in program.primitives for t in tensors_of(p)]
         num_elements = sum(-(-count // 64) * 64 for count in counts)
         modules = tuple(program.modules)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from peftcore.quant import Quantization
 from server.models import attention, loader, probe
 from server.models.attention import NAME, paged_attention
 from server.models.context import current_context
@@ -42,6 +43,30 @@ def test_a_window_longer_than_the_context_hides_nothing(name: str) -> None:
     config, _ = zoo.REFUSED[f"{name}/long"]
     key = "attention_chunk_size" if name == "llama4_text" else "sliding_window"
     prepare(zoo.make(name, config | {key: 256}))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("name", zoo.ENCODERS)
+def test_encoders(name: str, quantization: Quantization) -> None:
+    loaded = prepare_model(zoo.make_encoder(name), quantization, CPU)
+    assert loaded.is_encoder
+    assert loaded.position_offset == (2 if "roberta" in name else 0)
+    assert loaded.max_position_embeddings == 128 - loaded.position_offset
+
+
+@pytest.mark.parametrize("name", zoo.REFUSED_ENCODERS)
+def test_other_encoders_are_refused(name: str) -> None:
+    config, reason = zoo.REFUSED_ENCODERS[name]
+    with pytest.raises(UnservableModel, match=reason):
+        prepare(zoo.make_encoder(name, config))
+
+
+def test_an_encoder_whose_positions_begin_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "position_offset", lambda model: 0)
+    with pytest.raises(UnservableModel, match="differs from eager attention"):
+        prepare(zoo.make_encoder("roberta"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +225,7 @@ def test_nothing_of_the_model_changes(name: str) -> None:
     model.set_attn_implementation(NAME)
     shapes = [call.kv_shape for call in probe.observe(model)]
     assert model.config._attn_implementation == NAME
-    probe.probe(model, shapes, probe.eager_logits(model))
+    probe.probe(model, shapes, probe.eager_outputs(model))
     assert model.config._attn_implementation == NAME
     after = model.state_dict()
     assert list(after) == list(before)
@@ -224,7 +249,7 @@ def test_a_failure_leaves_the_implementation_as_it_was(
     model = zoo.make("llama")
     model.set_attn_implementation(NAME)
     shapes = [call.kv_shape for call in probe.observe(model)]
-    expected = probe.eager_logits(model)
+    expected = probe.eager_outputs(model)
     forward = model.forward
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -236,7 +261,7 @@ def test_a_failure_leaves_the_implementation_as_it_was(
     monkeypatch.setattr(model, "forward", failing)
     steps = {
         "measure": probe.observe,
-        "eager": probe.eager_logits,
+        "eager": probe.eager_outputs,
         "paged": partial(probe.probe, kv_shapes=shapes, expected=expected),
     }
     with pytest.raises((RuntimeError, UnservableModel), match="out of memory"):

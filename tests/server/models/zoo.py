@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 64
 
@@ -60,6 +60,36 @@ SERVED: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 16,
         "num_key_value_heads": 4,
     },
+}  # fmt: skip
+
+_BERT: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+
+#: Encoders that are served.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": _BERT,
+    "roberta": _BERT | {"pad_token_id": 1},
+    "xlm-roberta": _BERT | {"pad_token_id": 1},
+    "electra": _BERT | {"embedding_size": 16},
+    "distilbert": {
+        "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": VOCAB,
+        "max_position_embeddings": 128, "initializer_range": 0.2,
+    },
+}  # fmt: skip
+
+#: Encoders that are not, with a part of the reason.
+REFUSED_ENCODERS: dict[str, tuple[dict[str, Any], str]] = {
+    "modernbert": (
+        _BERT | {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
+                 "eos_token_id": 2, "local_attention": 8},
+        "hides something",
+    ),
+    "mpnet": (_BERT, "0 call transformers' attention interface"),
+    "albert": (_BERT | {"embedding_size": 16}, "each should, once"),
+    "deberta-v2": (_BERT, "0 call transformers' attention interface"),
+    "llama": (_COMMON, "hides something"),  # a decoder without its output embedding
 }  # fmt: skip
 
 _LLAMA4 = _COMMON | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
@@ -120,4 +150,13 @@ def make(name: str, config: dict[str, Any] | None = None, **changes: Any) -> Pre
     return model
 
 
-__all__ = ["REFUSED", "SERVED", "VOCAB", "make"]
+def make_encoder(name: str, config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The encoder of that model type, its weights random."""
+    torch.manual_seed(0)
+    model_type = name.partition("/")[0]
+    given = ENCODERS[name] if config is None else config
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **given))
+    return model.float().eval()
+
+
+__all__ = ["ENCODERS", "REFUSED", "REFUSED_ENCODERS", "SERVED", "VOCAB", "make", "make_encoder"]

@@ -1,0 +1,138 @@
+"""What requests for embeddings and classes may say, and their answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator
+
+from server.api.schemas import (
+    MAX_MIXTURE,
+    NonEmpty,
+    Refused,
+    Strict,
+    Text,
+    WeightedAdapter,
+    _check_unicode,
+    _invalid,
+    _is_token_ids,
+)
+
+#: OpenAI's bound.
+MAX_INPUTS = 2048
+
+
+def _parse_inputs(value: Any) -> list[str | list[int]]:
+    """One or several inputs, each a text or a list of token ids."""
+    if isinstance(value, str) or _is_token_ids(value):
+        inputs = [value]
+    elif isinstance(value, list) and value:
+        inputs = value
+    else:
+        raise _invalid("a string, a list of strings, token ids, or lists of token ids expected")
+    if len(inputs) > MAX_INPUTS:
+        raise _invalid(f"{len(inputs)} inputs, and at most {MAX_INPUTS} are taken")
+    if not (all(isinstance(i, str) for i in inputs) or all(map(_is_token_ids, inputs))):
+        raise _invalid("the inputs must all be strings, or all be lists of token ids")
+    for given in inputs:
+        if isinstance(given, str):
+            _check_unicode(given)
+        if not given:
+            raise _invalid("an input is empty")
+    return inputs
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class PoolingRequest(Strict):
+    """What embeddings and classification have in common."""
+
+    model: NonEmpty
+    input: Annotated[list[str | list[int]], PlainValidator(_parse_inputs)] = Field(
+        json_schema_extra={"description": "text, texts, token ids, or lists of token ids"}
+    )
+    user: str | None = None  # a label that does not concern the answer
+
+
+class EmbeddingRequest(PoolingRequest):
+    """POST /v1/embeddings."""
+
+    adapters: list[WeightedAdapter] | None = Field(None, min_length=1, max_length=MAX_MIXTURE)
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        None, description="of the tokens' hidden states; by default what the model's files say"
+    )
+    normalize: bool | None = Field(None, description="scale to length 1; by default likewise")
+
+    dimensions: Annotated[Any, Refused()] = None
+
+    def mixture(self) -> list[tuple[str, float]] | None:
+        if self.adapters is None:
+            return None
+        return [(part.name, part.weight) for part in self.adapters]
+
+
+class ClassifyRequest(PoolingRequest):
+    """POST /v1/classify."""
+
+    text_pair: Annotated[list[Text] | None, BeforeValidator(_listed)] = Field(
+        None, description="for each input a second text, which is joined to it"
+    )
+
+
+class PoolingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """The answer of /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: PoolingUsage
+
+
+class ClassifiedToken(BaseModel):
+    """One token of the text; `start` and `end` count its characters, null for given token ids."""
+
+    token: str
+    start: int | None
+    end: int | None
+    label: str
+    score: float
+
+
+class Classified(BaseModel):
+    """A text's classes; of an adapter that classifies tokens each token's."""
+
+    index: int
+    label: str | None = None
+    probs: list[float] | None = None
+    tokens: list[ClassifiedToken] | None = None
+    num_classes: int
+
+
+class ClassifyUsage(PoolingUsage):
+    completion_tokens: Literal[0] = 0
+    prompt_tokens_details: None = None
+
+
+class ClassifyList(BaseModel):
+    """The answer of /v1/classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: ClassifyUsage

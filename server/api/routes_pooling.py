@@ -1,0 +1,166 @@
+"""POST /v1/embeddings and /v1/classify: vectors and classes of texts."""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from server.api.pooling_schemas import (
+    Classified,
+    ClassifiedToken,
+    ClassifyList,
+    ClassifyRequest,
+    ClassifyUsage,
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    PoolingUsage,
+)
+from server.api.state import metrics_of, runtime_of
+from server.api.streaming import unless_gone
+from server.engine.sequence import PoolingParams
+from server.errors import BadRequest
+from server.runtime import TextTokens
+from server.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from server.adapters.manager import Lease
+
+router = APIRouter()
+
+
+class _Input(NamedTuple):
+    """An input in tokens. spans: each token's characters in its text; None for given token ids."""
+
+    tokens: TextTokens
+    spans: list[tuple[int, int]] | None
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingList:
+    """One vector for each input."""
+    runtime = runtime_of(request)
+    default = runtime.embedding
+    pooling = PoolingParams(
+        body.pooling or default.kind,
+        default.normalize if body.normalize is None else body.normalize,
+    )
+    with runtime.adapters.lease(body.model, body.mixture()) as lease:
+        inputs = await run_in_threadpool(_tokens, runtime.tokenizer, body.input)
+        count = _counted(request, inputs)
+        work = runtime.pool([i.tokens for i in inputs], pooling, lease)
+        results = await unless_gone(request.receive, work)
+    as_base64 = body.encoding_format == "base64"
+    return EmbeddingList(
+        model=lease.label,
+        data=[
+            Embedding(index=i, embedding=_base64(r.values) if as_base64 else r.values.tolist())
+            for i, r in enumerate(results)
+        ],
+        usage=PoolingUsage(prompt_tokens=count, total_tokens=count),
+    )
+
+
+@router.post("/v1/classify", response_model_exclude_none=True)
+async def classify(body: ClassifyRequest, request: Request) -> ClassifyList:
+    """The classes of each input, or of each of its tokens, by an adapter with a head of its own."""
+    runtime = runtime_of(request)
+    with runtime.adapters.lease(body.model) as lease:
+        task = _class_task(lease)
+        inputs = await run_in_threadpool(_tokens, runtime.tokenizer, body.input, body.text_pair)
+        count = _counted(request, inputs)
+        work = runtime.pool([i.tokens for i in inputs], PoolingParams(task), lease)
+        results = await unless_gone(request.receive, work)
+    made = _classified_text if task == "SEQ_CLS" else _classified_tokens
+    return ClassifyList(
+        id=f"classify-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=lease.label,
+        data=[
+            made(i, given, result.values.tolist(), lease.labels, runtime.tokenizer)
+            for i, (given, result) in enumerate(zip(inputs, results, strict=True))
+        ],
+        usage=ClassifyUsage(prompt_tokens=count, total_tokens=count),
+    )
+
+
+def _class_task(lease: Lease) -> Literal["SEQ_CLS", "TOKEN_CLS"]:
+    """What the head of the request's adapter classifies. Raises BadRequest where it has none."""
+    if lease.task == "SEQ_CLS":
+        return "SEQ_CLS"
+    if lease.task == "TOKEN_CLS":
+        return "TOKEN_CLS"
+    raise BadRequest(
+        f"model: {lease.label!r} has no classes: name an adapter that was trained for SEQ_CLS or "
+        "TOKEN_CLS",
+        param="model",
+        code="model_does_not_classify",
+    )
+
+
+def _tokens(
+    tokenizer: Tokenizer,
+    inputs: Sequence[str | list[int]],
+    pairs: Sequence[str] | None = None,
+) -> list[_Input]:
+    """Raises BadRequest for pairs that are not one for each text."""
+    if pairs is not None and len(pairs) != len(inputs):
+        raise BadRequest(
+            f"text_pair: {len(pairs)} texts for {len(inputs)} inputs", param="text_pair"
+        )
+    found = []
+    for i, given in enumerate(inputs):
+        if isinstance(given, str):
+            ids, types, spans = tokenizer.encode_pair(given, None if pairs is None else pairs[i])
+            found.append(_Input(TextTokens(ids, types), spans))
+        elif pairs is not None:
+            raise BadRequest("text_pair: goes beside texts, not token ids", param="text_pair")
+        else:
+            found.append(_Input(TextTokens(given), None))
+    return found
+
+
+def _counted(request: Request, inputs: Sequence[_Input]) -> int:
+    count = sum(len(given.tokens.token_ids) for given in inputs)
+    metrics_of(request).prompt(count)
+    return count
+
+
+def _base64(vector: Any) -> str:
+    """The float32 values' bytes, little-endian, as OpenAI encodes them."""
+    return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _classified_text(
+    index: int, given: _Input, probs: list[float], labels: Sequence[str], tokenizer: Tokenizer
+) -> Classified:
+    likeliest = max(range(len(probs)), key=probs.__getitem__)
+    return Classified(index=index, label=labels[likeliest], probs=probs, num_classes=len(probs))
+
+
+def _classified_tokens(
+    index: int, given: _Input, probs: list[list[float]], labels: Sequence[str], tokenizer: Tokenizer
+) -> Classified:
+    """Tokens that the tokenizer adds are left out."""
+    tokens = []
+    for i, token_id in enumerate(given.tokens.token_ids):
+        if given.spans is not None and tokenizer.is_special(token_id):
+            continue
+        start, end = (None, None) if given.spans is None else given.spans[i]
+        likeliest = max(range(len(labels)), key=probs[i].__getitem__)
+        tokens.append(
+            ClassifiedToken(
+                token=tokenizer.token_text(token_id),
+                start=start,
+                end=end,
+                label=labels[likeliest],
+                score=probs[i][likeliest],
+            )
+        )
+    return Classified(index=index, tokens=tokens, num_classes=len(labels))
