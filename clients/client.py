@@ -26,6 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MODEL_CONFIG_NAME = "config.json"
 HUB_WEIGHTS_NAME = "adapter.safetensors"
 
 Message = Mapping[str, str]
@@ -195,7 +196,8 @@ class Adapters:
         Args:
             name: what requests will call it.
             folder: holds adapter_config.json and adapter_model.safetensors, or AdapterHub's
-                adapter.safetensors.
+                adapter.safetensors; and perhaps the trained model's config.json, whose id2label
+                says what a classifier's classes are called.
             on_progress: called with the bytes of the weights that were sent since the last call.
 
         Raises:
@@ -204,7 +206,13 @@ class Adapters:
         path = weights_path(folder)
         with open(folder / CONFIG_NAME, "rb") as config, open(path, "rb") as file:
             weights = file if on_progress is None else _Watched(file, on_progress)
-            files = {"config": (CONFIG_NAME, config), "weights": (path.name, weights)}
+            files: dict[str, Any] = {
+                "config": (CONFIG_NAME, config),
+                "weights": (path.name, weights),
+            }
+            model_config = folder / MODEL_CONFIG_NAME
+            if model_config.is_file():
+                files["id2label"] = (MODEL_CONFIG_NAME, model_config.read_bytes())
             answer = self._client._json("POST", "/v1/adapters", data={"name": name}, files=files)
         return _adapter(answer)
 

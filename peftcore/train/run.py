@@ -379,3 +379,5 @@ def save(model: PeftModel, recipe: Recipe, base_name: str) -> None:
         names["tokenizer_name_or_path"] = base_name
     model.peft_config[model.active_adapter] = dataclasses.replace(config, **names)
     model.save_pretrained(recipe.output, dtype=getattr(torch, recipe.save_dtype))
+    if recipe.task == "SEQ_CLS":  # its id2label: no adapter's own files hold that
+        model.get_base_model().config.save_pretrained(recipe.output)

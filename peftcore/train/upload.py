@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+
+#: Of the model that a classifier was trained in.
+MODEL_CONFIG_NAME = "config.json"
 
 
 class UploadError(RuntimeError):
@@ -30,10 +34,13 @@ def upload(folder: Path, url: str, name: str, api_key: str | None = None) -> str
     target = f"{url.rstrip('/').removesuffix('/v1')}/v1/adapters"
     try:
         with (folder / CONFIG_NAME).open("rb") as config, weights.open("rb") as data:
+            files: dict[str, Any] = {"config": config, "weights": data}
+            if (folder / MODEL_CONFIG_NAME).is_file():  # what a classifier's classes are called
+                files["id2label"] = (folder / MODEL_CONFIG_NAME).read_bytes()
             answer = httpx.post(
                 target,
                 data={"name": name},
-                files={"config": config, "weights": data},
+                files=files,
                 headers=headers,
                 timeout=httpx.Timeout(30, read=300, write=300),
             )

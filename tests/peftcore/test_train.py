@@ -354,6 +354,8 @@ def test_a_classifier(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "out" / tiny.WEIGHTS_NAME)
     assert "base_model.model.classifier.weight" in tensors
     assert summary.labels == ["bad", "good"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
     rows.write_text("one\tgood\ntwo\tgood\n")
     with pytest.raises(DataError, match="every row has the label 'good'"):
         train(run.model_copy(update={"overwrite": True}), progress=False)
