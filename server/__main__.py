@@ -48,6 +48,11 @@ def check(settings: Settings) -> None:
 def serve(settings: Settings) -> None:
     """Serve until a signal; exits with a message where that is not possible."""
     # What follows takes seconds to import; --help does not wait for it.
+    import torch
+
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        # torch imports triton wherever it is installed: 80 MB that a CPU has no use for.
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
     from peftcore.memory import bound_malloc
     from peftcore.sources.resolve import ModelSourceError
     from server.api.app import create_app

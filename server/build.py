@@ -22,6 +22,7 @@ from server.adapters.manager import AdapterManager
 from server.adapters.store import AdapterStore, StoreError
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
+from server.engine.grammars import Grammars
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -196,6 +197,7 @@ def assemble(
         tokenizer,
         loaded.eos_token_ids,
     )
+    vocab_size = loaded.model.config.get_text_config().vocab_size
     runtime = Runtime(
         engine,
         adapters,
@@ -207,6 +209,7 @@ def assemble(
         generates=loaded.tasks.generates,
         prepare_task=loaded.tasks.task_class,
         embedding=embedding or default_embedding(loaded),
+        grammars=Grammars(tokenizer, vocab_size, loaded.eos_token_ids),
         facts={
             "model": base_name,
             "quantization": loaded.quantization,
@@ -216,7 +219,7 @@ def assemble(
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
-            "vocab_size": loaded.model.config.get_text_config().vocab_size,
+            "vocab_size": vocab_size,
         },
     )
     return runtime

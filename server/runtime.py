@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from server.adapters.manager import AdapterManager, Lease
 from server.engine.engine import Engine, StepOutput
+from server.engine.grammars import Grammars
 from server.engine.sequence import PoolingParams, SampledToken, SamplingParams, Sequence
 from server.errors import (
     BadRequest,
@@ -57,13 +58,17 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What one step adds to one choice. `num_cached_tokens` of the prompt came from the cache."""
+    """What one step adds to one choice. `num_cached_tokens` of the prompt came from the cache.
+
+    `prompt`, in the first one, has the prompt's tokens from the second on, where they were asked.
+    """
 
     index: int
     text: str
     tokens: Seq[SampledToken]
     finish_reason: Literal["stop", "length"] | None
     num_cached_tokens: int
+    prompt: Seq[SampledToken] = ()
 
 
 class _Channel:
@@ -97,6 +102,7 @@ class Runtime:
         max_model_len: longest context in tokens.
         generates: does the base compute text? Else it is an encoder.
         embedding: how texts are embedded where a request does not say.
+        grammars: compiles what a request's text must match.
 
     Args:
         max_waiting: most sequences beyond those that one step can hold.
@@ -118,6 +124,7 @@ class Runtime:
         generates: bool,
         prepare_task: Callable[[str], object],
         embedding: PoolingParams,
+        grammars: Grammars,
     ) -> None:
         self.adapters = adapters
         self.tokenizer = tokenizer
@@ -131,6 +138,7 @@ class Runtime:
         self.generates = generates
         self._prepare_task = prepare_task
         self.engine = engine
+        self.grammars = grammars
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -153,6 +161,7 @@ class Runtime:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        self.grammars.close()
         self.engine.cache.close()
         self.adapters.close()
 
@@ -205,6 +214,7 @@ class Runtime:
                     () if output.token is None else (output.token,),
                     output.finish_reason,  # type: ignore[arg-type]
                     output.num_cached_tokens,
+                    output.prompt,
                 )
             self._mean_seconds += 0.1 * (time.monotonic() - start - self._mean_seconds)
         finally:
@@ -338,7 +348,9 @@ class Runtime:
         if not prompt:
             raise BadRequest("the prompt is empty", param="prompt")
         vocab = self.facts["vocab_size"]
-        outside = next((t for t in [*prompt, *params.stop_token_ids] if not 0 <= t < vocab), None)
+        biased = (token_id for token_id, _ in params.logit_bias)
+        given = [*prompt, *params.stop_token_ids, *biased]
+        outside = next((t for t in given if not 0 <= t < vocab), None)
         if outside is not None:
             raise BadRequest(
                 f"token id {outside} is outside the vocabulary of {vocab}", param="prompt"

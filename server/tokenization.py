@@ -33,12 +33,24 @@ class Tokenizer:
         return cls(tokenizer)
 
     @property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """The tokenizer itself."""
+        return self._tokenizer
+
+    @property
     def eos_token_id(self) -> int | None:
         return self._tokenizer.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template for requests with tools."""
+        if self._tokenizer.chat_template is None:
+            return None
+        return str(self._tokenizer.get_chat_template(tools=[{}]))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text, with the model's own leading token if it has one."""
-        return list(self._tokenizer(text)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def encode_pair(
         self, text: str, pair: str | None = None
@@ -60,6 +72,9 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer starts.
 
@@ -71,19 +86,23 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as exc:
             raise BadRequest(f"the chat template refuses: {exc}", param="messages") from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out."""
         return str(self._tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens written out."""
+        return str(self._tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, special or not."""

@@ -20,6 +20,7 @@ from server.api import (
     routes_models,
     routes_operations,
     routes_pooling,
+    routes_tokens,
     routes_vllm,
 )
 from server.api.access import Access
@@ -46,6 +47,7 @@ _ROUTES: tuple[tuple[ModuleType, description.Responses], ...] = (
     (routes_pooling, description.POOLS),
     (routes_adapters, description.CHANGES),
     (routes_vllm, description.CHANGES | description.refusals(403)),
+    (routes_tokens, description.NAMED),
     (routes_operations, {}),
 )
 

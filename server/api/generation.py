@@ -144,6 +144,7 @@ class Choice:
     index: int
     text: str = ""
     tokens: list[SampledToken] = field(default_factory=list)
+    prompt: Sequence[SampledToken] = ()
     finish_reason: FinishReason | None = None
 
 
@@ -155,8 +156,23 @@ async def collect(deltas: Deltas, num_choices: int, usage: UsageCounter) -> list
         choice = choices[delta.index]
         choice.text += delta.text
         choice.tokens += delta.tokens
+        choice.prompt = choice.prompt or delta.prompt
         choice.finish_reason = delta.finish_reason or choice.finish_reason
     return choices
+
+
+def best_choices(choices: Sequence[Choice], num_candidates: int, n: int) -> list[Choice]:
+    """Of each prompt's candidates the `n` of the highest mean log probability, likeliest first."""
+    best: list[Choice] = []
+    for start in range(0, len(choices), num_candidates):
+        ranked = sorted(choices[start : start + num_candidates], key=_mean_logprob, reverse=True)
+        best += [replace(choice, index=len(best) + i) for i, choice in enumerate(ranked[:n])]
+    return best
+
+
+def _mean_logprob(choice: Choice) -> float:
+    logprobs = [token.logprob for token in choice.tokens if token.logprob is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def completion_logprobs(
@@ -177,7 +193,7 @@ def completion_logprobs(
             top.setdefault(text, token.logprob)
         result.tokens.append(text)
         result.token_logprobs.append(token.logprob)
-        result.top_logprobs.append(top)
+        result.top_logprobs.append(None if token.logprob is None else top)
         result.text_offset.append(offset)
         offset += len(text)
     return result

@@ -7,22 +7,36 @@ do not concern the answer (`user`, `metadata`, …). `null` means "not given" ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     PlainValidator,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
-from server.engine.sequence import SamplingParams
+from server.api.fields import (
+    NonEmpty,
+    Refused,
+    Strict,
+    Text,
+    TokenId,
+    as_list,
+    check_token_ids,
+    check_unicode,
+    invalid,
+)
+from server.api.guided import Guided, ResponseFormat, constraint_of
+from server.api.tools import NamedTool, Tool
+from server.engine.sequence import Constraint, SamplingParams
 from server.errors import BadRequest
 
 MAX_CHOICES = 16
@@ -30,43 +44,9 @@ MAX_PROMPTS = 64
 MAX_MIXTURE = 16
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 64
+MAX_BIASES = 1024
+MAX_TOOLS = 128
 MIN_TEMPERATURE = 1e-5
-
-
-def _invalid(message: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid", "{message}", {"message": message})
-
-
-class Refused:
-    """Marks a field of OpenAI's that is not served: it may only have one of its neutral values."""
-
-    def __init__(self, *neutral: Any) -> None:
-        self.neutral = neutral
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def _check(self, value: Any) -> Any:
-        if any(type(value) is type(n) and value == n for n in self.neutral):
-            return value
-        allowed = "".join(f" or send {value!r}" for value in self.neutral)
-        message = {"message": f"not supported by this server; leave it out{allowed}"}
-        raise PydanticCustomError("unsupported", "{message}", message)
-
-
-class Strict(BaseModel):
-    """No coercion, no unknown fields, no NaN; null is as good as not given."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
@@ -76,34 +56,21 @@ def _parse_prompts(value: Any) -> list[str | list[int]]:
     elif isinstance(value, list) and value:
         prompts = value
     else:
-        raise _invalid("a string, a list of strings, token ids, or lists of token ids expected")
+        raise invalid("a string, a list of strings, token ids, or lists of token ids expected")
     if len(prompts) > MAX_PROMPTS:
-        raise _invalid(f"{len(prompts)} prompts, and at most {MAX_PROMPTS} are taken")
+        raise invalid(f"{len(prompts)} prompts, and at most {MAX_PROMPTS} are taken")
     if not (all(isinstance(p, str) for p in prompts) or all(map(_is_token_ids, prompts))):
-        raise _invalid("the prompts must all be strings, or all be lists of token ids")
+        raise invalid("the prompts must all be strings, or all be lists of token ids")
     for prompt in prompts:
         if isinstance(prompt, str):
-            _check_unicode(prompt)
+            check_unicode(prompt)
         if not prompt:
-            raise _invalid("a prompt is empty")
+            raise invalid("a prompt is empty")
     return prompts
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
-
-
-def _check_unicode(text: str) -> str:
-    """JSON can spell half of a surrogate pair; no tokenizer takes one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _invalid("the text holds a lone surrogate, which is no Unicode character") from None
-    return text
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _join_parts(value: Any) -> Any:
@@ -114,33 +81,111 @@ def _join_parts(value: Any) -> Any:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise _invalid(f"only text parts are supported, not {kind!r}")
+            raise invalid(f"only text parts are supported, not {kind!r}")
         if not isinstance(part.get("text"), str):
-            raise _invalid("a text part needs the string 'text'")
+            raise invalid("a text part needs the string 'text'")
         texts.append(part["text"])
     return "".join(texts)
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
-NonEmpty = Annotated[Text, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
+class FunctionCall(Strict):
+    name: NonEmpty
+    arguments: Text
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_object(cls, value: str) -> str:
+        try:
+            is_object = isinstance(json.loads(value), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise invalid("must be a JSON object, as a string")
+        return value
+
+
+class ToolCall(Strict):
+    """A call that an earlier answer made."""
+
+    id: NonEmpty
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = None
 
 
 class Message(Strict):
     """One turn of a conversation. `developer` is OpenAI's newer word for `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_join_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: NonEmpty | None = Field(None, validate_default=True)
+    content: Annotated[Text | None, BeforeValidator(_join_parts)] = Field(
+        None, validate_default=True
+    )
     name: str | None = None
     refusal: Annotated[Any, Refused()] = None
     annotations: Annotated[Any, Refused([])] = None
-    tool_calls: Annotated[Any, Refused([])] = None
     function_call: Annotated[Any, Refused()] = None
     audio: Annotated[Any, Refused()] = None
 
-    def to_template(self) -> dict[str, str]:
+    @field_validator("tool_calls")
+    @classmethod
+    def _calls_of_an_assistant(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise invalid("only an assistant's message has tool calls")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _id_of_a_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is None) == (info.data.get("role") == "tool"):
+            raise invalid("a message of a tool needs it, and no other has it")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _content_unless_calls(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not info.data.get("tool_calls"):
+            raise PydanticCustomError("missing", "required")
+        return value
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates take it: a call's arguments are an object."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
+        message: dict[str, Any] = {"role": role, "content": self.content or ""}
+        if self.name is not None and self.role == "tool":
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": json.loads(call.function.arguments),
+                    },
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+def _parse_bias(value: Any) -> list[tuple[int, float]]:
+    """`{"token id": bias}` as pairs."""
+    if not isinstance(value, dict):
+        raise invalid("an object of token ids and numbers expected")
+    if len(value) > MAX_BIASES:
+        raise invalid(f"{len(value)} entries, and at most {MAX_BIASES} are taken")
+    pairs = []
+    for key, bias in value.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[0-9]{1,9}", key):
+            raise invalid(f"{str(key)[:50]!r} is no token id")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise invalid(f"the bias of {key} must be a number between -100 and 100")
+        pairs.append((int(key), float(bias)))
+    return pairs
 
 
 class WeightedAdapter(Strict):
@@ -173,7 +218,7 @@ class UnloadLoraAdapter(Strict):
     lora_int_id: int | None = None
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(Guided):
     """What completions and chat have in common."""
 
     model: NonEmpty
@@ -192,7 +237,7 @@ class GenerationRequest(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
-    stop: Annotated[list[NonEmpty], BeforeValidator(_as_list)] = Field([], max_length=MAX_STOPS)
+    stop: Annotated[list[NonEmpty], BeforeValidator(as_list)] = Field([], max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
 
@@ -200,7 +245,9 @@ class GenerationRequest(Strict):
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
-    logit_bias: Annotated[Any, Refused({})] = None
+    logit_bias: Annotated[list[tuple[int, float]], PlainValidator(_parse_bias)] = Field(
+        [], json_schema_extra={"description": "token ids, as strings, and -100 to 100"}
+    )
 
     def mixture(self) -> list[tuple[str, float]] | None:
         if self.adapters is None:
@@ -223,6 +270,7 @@ class GenerationRequest(Strict):
                 param="min_tokens",
             )
         check_token_ids(self.stop_token_ids, vocab_size, "stop_token_ids")
+        check_token_ids([token for token, _ in self.logit_bias], vocab_size, "logit_bias")
         return SamplingParams(
             max_tokens=max_tokens,
             # Anything this close to zero is greedy; dividing by it would overflow.
@@ -239,6 +287,7 @@ class GenerationRequest(Strict):
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            logit_bias=tuple(self.logit_bias),
         )
 
 
@@ -250,12 +299,30 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: int | None = Field(None, ge=0, le=5)
 
-    best_of: Annotated[Any, Refused(1)] = None
-    echo: Annotated[Any, Refused(False)] = None
+    max_tokens: int | None = Field(None, ge=0, description="0 only with echo")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    echo: bool = False
+
     suffix: Annotated[Any, Refused("")] = None
 
+    @property
+    def num_candidates(self) -> int:
+        """Choices of each prompt that are generated; the best `n` are given."""
+        return self.best_of or self.n
+
     def sampling(self, vocab_size: int) -> SamplingParams:
-        return self._sampling(self.max_tokens or 16, self.logprobs, vocab_size)
+        """Raises BadRequest naming the field."""
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        if max_tokens == 0 and not self.echo:
+            raise BadRequest("max_tokens: 0 needs echo: true", param="max_tokens")
+        if self.num_candidates < self.n:
+            raise BadRequest(f"best_of: {self.best_of} is fewer than n, {self.n}", param="best_of")
+        if self.num_candidates > self.n and self.stream:
+            raise BadRequest("best_of: not with stream: true", param="best_of")
+        ranked = 0 if self.num_candidates > self.n else None
+        logprobs = ranked if self.logprobs is None else self.logprobs
+        params = self._sampling(max_tokens, logprobs, vocab_size)
+        return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -273,7 +340,11 @@ class ChatCompletionRequest(GenerationRequest):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
 
     audio: Annotated[Any, Refused()] = None
     function_call: Annotated[Any, Refused("none", "auto")] = None
@@ -282,11 +353,14 @@ class ChatCompletionRequest(GenerationRequest):
     moderation: Annotated[Any, Refused()] = None
     prediction: Annotated[Any, Refused()] = None
     reasoning_effort: Annotated[Any, Refused("none")] = None
-    response_format: Annotated[Any, Refused({"type": "text"})] = None
-    tool_choice: Annotated[Any, Refused("none", "auto")] = None
-    tools: Annotated[Any, Refused([])] = None
     verbosity: Annotated[Any, Refused("medium")] = None
     web_search_options: Annotated[Any, Refused()] = None
+
+    def _constraints(self) -> Iterator[Constraint]:
+        asked = constraint_of(self.response_format)
+        if asked is not None:
+            yield asked
+        yield from super()._constraints()
 
     def sampling(self, room: int, vocab_size: int) -> SamplingParams:
         """Args: room: the tokens that the context has left; the default of max_tokens."""
@@ -302,11 +376,25 @@ class ChatCompletionRequest(GenerationRequest):
         return self._sampling(given or max(1, room), logprobs, vocab_size)
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises BadRequest for an id that the model does not have."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise BadRequest(
-                f"{param}: no token has the id {token_id}; the vocabulary has {vocab_size}",
-                param=param,
-            )
+class TokenizeRequest(Strict):
+    """POST /tokenize. `add_special_tokens`: by default for a prompt, and not for messages."""
+
+    model: NonEmpty | None = None
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequest("prompt: either it or messages is needed", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: NonEmpty | None = None
+    tokens: list[TokenId]

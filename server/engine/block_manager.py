@@ -49,11 +49,13 @@ class BlockManager:
     def match(self, seq: Sequence) -> int:
         """Take the cached blocks of the longest known prefix of a sequence without blocks.
 
-        At least one token is left to compute, since its logits are needed. Sets `block_table` and
-        `num_cached`; returns the number of cached positions.
+        At least one token is left to compute, since its logits are needed, and every prompt token
+        whose logits are. Sets `block_table` and `num_cached`; returns the number of cached
+        positions.
         """
         assert not seq.block_table
-        for i in range((len(seq.token_ids) - 1) // self.block_size):
+        first_needed = len(seq.token_ids) - 1 if seq.next_scored is None else seq.next_scored
+        for i in range(first_needed // self.block_size):
             block = self._block_of.get(self._hash(seq, i))
             if block is None:
                 break

@@ -9,6 +9,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from server.adapters.cache import AdapterCache
 from server.engine.block_manager import BlockManager
 from server.engine.model_runner import ModelRunner
@@ -23,7 +25,8 @@ class StepOutput:
     """What one step gives to one sequence.
 
     `token` is None where the sequence ends without a new one; `pooled` is the result of one that
-    is pooled, a tensor; `error` says why it failed.
+    is pooled, a tensor; `error` says why it failed. `prompt`, beside the first token, has the
+    prompt's tokens from the second on, where they were asked for.
     """
 
     key: tuple[str, int]
@@ -33,6 +36,7 @@ class StepOutput:
     num_cached_tokens: int = 0
     pooled: Any = None
     error: Exception | None = None
+    prompt: Seq[SampledToken] = ()
 
 
 class Engine:
@@ -93,6 +97,8 @@ class Engine:
         if not batch.chunks:
             return outputs
         logits = self.runner.execute(batch)
+        if any(chunk.seq.params.prompt_logprobs is not None for chunk in batch.chunks):
+            logits = self._score_prompts(batch, logits)
         sampled = [chunk.seq for chunk in batch.chunks if chunk.samples]
         for chunk in batch.chunks:
             if chunk.seq.num_output_tokens == 0 and chunk.completes:
@@ -107,6 +113,24 @@ class Engine:
             if chunk.seq.pooling is not None and chunk.completes:
                 outputs.append(self._give_pooled(chunk.seq))
         return outputs
+
+    def _score_prompts(self, batch: Batch, logits: Tensor) -> Tensor:
+        """Take in log probabilities of prompts; the logits of the rows that sample are left."""
+        sampling = []
+        row = 0
+        for chunk in batch.chunks:
+            seq, end = chunk.seq, row + chunk.num_outputs
+            if seq.next_scored is not None:
+                # The logits of a position tell of the token after it.
+                first = chunk.end - chunk.num_outputs + 1
+                targets = seq.token_ids[first : min(chunk.end + 1, seq.prompt_len)]
+                seq.prompt_logprobs += self.sampler.score(
+                    logits[row : row + len(targets)], targets, seq.params.prompt_logprobs or 0
+                )
+            row = end
+            if chunk.samples:
+                sampling.append(row - 1)
+        return logits[sampling]
 
     def fail(self, error: Exception) -> list[StepOutput]:
         """A step raised: end everything that was running, so that the next one starts clean.
@@ -126,14 +150,24 @@ class Engine:
             self._end(seq)
         return outputs
 
-    def _advance(self, seq: Sequence, token: SampledToken) -> StepOutput:
+    def _advance(self, seq: Sequence, token: SampledToken | Exception) -> StepOutput:
         """Append a sampled token; decide whether the sequence ends."""
         params, detokenizer = seq.params, self._live[seq.key][1]
+        cached = max(0, seq.num_cached - seq.num_virtual_tokens)
+        prompt = seq.prompt_logprobs if seq.num_output_tokens == 0 else ()
+        if isinstance(token, Exception):
+            self._end(seq)
+            return StepOutput(seq.key, error=token)
+        if params.max_tokens == 0:  # the prompt alone was asked for
+            self._end(seq)
+            return StepOutput(seq.key, "", None, "length", cached, prompt=prompt)
         seq.token_ids.append(token.token_id)
         num_output = seq.num_output_tokens
         text = ""
         reason: FinishReason | None = None
-        is_eos = token.token_id in self._eos and not params.ignore_eos
+        # Where a grammar lets the end token come, that is the text's end.
+        stops_at_eos = params.grammar is not None or not params.ignore_eos
+        is_eos = token.token_id in self._eos and stops_at_eos
         if is_eos or token.token_id in params.stop_token_ids:
             reason = "stop"
         else:
@@ -145,8 +179,7 @@ class Engine:
         if reason is not None:
             text += detokenizer.finish()
             self._end(seq)
-        cached = max(0, seq.num_cached - seq.num_virtual_tokens)
-        return StepOutput(seq.key, text, token, reason, cached)
+        return StepOutput(seq.key, text, token, reason, cached, prompt=prompt)
 
     def _give_pooled(self, seq: Sequence) -> StepOutput:
         self._end(seq)

@@ -39,13 +39,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        """Compute the batch; logits `[rows that sample, vocab]`, in the order of its chunks.
+        """Compute the batch; logits `[rows, vocab]` of each chunk's last `num_outputs` rows.
 
         Sequences that are pooled get their part into `Sequence.pooled`.
         """
         self._write_prefixes(batch)
         hidden: Tensor | None
-        tokens, positions, slots, outputs = [], [], [], []
+        tokens, positions, slots = [], [], []
+        outputs: list[int] = []
         end = 0
         for chunk in batch.chunks:
             seq = chunk.seq
@@ -53,8 +54,7 @@ class ModelRunner:
             positions.append(np.arange(chunk.start, chunk.end))
             slots.append(self._slots(seq, chunk.start, chunk.end))
             end += chunk.num_tokens
-            if chunk.samples:
-                outputs.append(end - 1)
+            outputs.extend(range(end - chunk.num_outputs, end))
         context = ForwardContext(
             self.pool,
             self._tensor(np.concatenate(slots)),
@@ -142,7 +142,7 @@ class ModelRunner:
         return found
 
     def _adapter_batch(self, batch: Batch) -> AdapterBatch:
-        """Segments of rows with the same adapters, over all rows and over the rows that sample."""
+        """Segments of rows with the same adapters, over all rows and over those with logits."""
         tokens: list[Segment] = []
         outputs: list[Segment] = []
         virtual: list[VirtualRows] = []
@@ -150,7 +150,7 @@ class ModelRunner:
         for _, group in groupby(batch.chunks, key=lambda chunk: chunk.seq.cache_seed):
             chunks = list(group)
             num_rows = sum(chunk.num_tokens for chunk in chunks)
-            num_outputs = sum(chunk.samples for chunk in chunks)
+            num_outputs = sum(chunk.num_outputs for chunk in chunks)
             for use in chunks[0].seq.adapters:
                 adapter = self.resident(use.digest)
                 tokens.append(Segment(row, row + num_rows, adapter, use.weight))

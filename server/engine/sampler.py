@@ -1,7 +1,8 @@
 """From logits to tokens, per row by its own request's parameters and random numbers.
 
-Logits are changed in this order: repetition, frequency and presence penalties; tokens that must not
-come yet; temperature; top_k; top_p; min_p. A row's draw depends on its seed, not on the batch.
+Logits are changed in this order: bias; repetition, frequency and presence penalties; tokens that a
+grammar forbids; tokens that must not come yet; temperature; top_k; top_p; min_p. A row's draw
+depends on its seed, not on the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from server.engine.guided import Guides
 from server.engine.sequence import SampledToken, SamplingParams, Sequence, TokenLogprob
+from server.errors import ServerError
+
+#: Rows of a prompt whose logits are in float32 at once.
+_SCORED_ROWS = 32
 
 
 class Sampler:
@@ -25,26 +31,65 @@ class Sampler:
     def __init__(self, eos_token_ids: Seq[int]) -> None:
         self._eos = list(eos_token_ids)
         self._generators: dict[tuple[str, int], torch.Generator] = {}
+        self._guides = Guides()
 
     def forget(self, seq: Sequence) -> None:
-        """Drop the sequence's random state."""
+        """Drop the sequence's random state and its place in its grammar."""
         self._generators.pop(seq.key, None)
+        self._guides.forget(seq)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
-        """One token a row.  logits: `[rows, vocab]`, one row for each of `sequences`."""
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Seq[SampledToken | ServerError]:
+        """One token a row, or why it cannot have one.
+
+        Args:
+            logits: `[rows, vocab]`, one row for each of `sequences`.
+        """
         logits = logits.float()
         raw = logits
         if any(self._changes(seq) for seq in sequences):
             logits = logits.clone()
             for row, seq in zip(logits, sequences, strict=True):
                 self._change(row, seq)
+        guided = [i for i, seq in enumerate(sequences) if seq.params.grammar is not None]
+        failed: dict[int, ServerError] = {}
+        if guided:
+            logits = logits.clone() if logits is raw else logits
+            failed = self._guides.mask(logits, sequences, guided)
+            for i in guided:
+                self._ban_stops(logits[i], sequences[i])
         tokens = logits.argmax(dim=-1)
         drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature > 0]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
             tokens[rows] = self._draw(logits[rows], [sequences[i] for i in drawn])
         token_ids: list[int] = tokens.tolist()
-        return self._with_logprobs(raw, token_ids, sequences)
+        sampled = self._with_logprobs(raw, token_ids, sequences)
+        if not guided:
+            return sampled
+        failed |= self._guides.accept(sequences, token_ids, [i for i in guided if i not in failed])
+        return [failed.get(i, token) for i, token in enumerate(sampled)]
+
+    @staticmethod
+    def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[SampledToken]:
+        """The tokens of a prompt with their log probabilities.
+
+        Args:
+            logits: `[rows, vocab]`, any float type; row i is what the model expected of token i.
+        """
+        scored = []
+        for start in range(0, len(token_ids), _SCORED_ROWS):
+            targets = token_ids[start : start + _SCORED_ROWS]
+            rows = logits[start : start + len(targets)].float()
+            log_total = rows.logsumexp(dim=-1)
+            own = rows[range(len(targets)), targets] - log_total
+            values, ids = rows.topk(num_top, dim=-1)
+            values -= log_total[:, None]
+            for token, logprob, top_ids, top in zip(
+                targets, own.tolist(), ids.tolist(), values.tolist(), strict=True
+            ):
+                likeliest = [TokenLogprob(t, v) for t, v in zip(top_ids, top, strict=True)]
+                scored.append(SampledToken(token, logprob, likeliest))
+        return scored
 
     def _changes(self, seq: Sequence) -> bool:
         p = seq.params
@@ -52,12 +97,16 @@ class Sampler:
             p.repetition_penalty != 1
             or p.presence_penalty
             or p.frequency_penalty
+            or p.logit_bias
             or seq.num_output_tokens < p.min_tokens
         )
 
     def _change(self, logits: Tensor, seq: Sequence) -> None:
-        """Penalties and bans on one row `[vocab]`, in place."""
+        """Bias, penalties and bans on one row `[vocab]`, in place."""
         p = seq.params
+        if p.logit_bias:
+            biased = [token_id for token_id, _ in p.logit_bias]
+            logits[biased] += torch.tensor([b for _, b in p.logit_bias], device=logits.device)
         output = seq.output_token_ids
         if p.repetition_penalty != 1:
             seen = torch.tensor(
@@ -70,8 +119,18 @@ class Sampler:
             ids = torch.tensor(output, device=logits.device, dtype=torch.long)
             seen, counts = torch.unique(ids, return_counts=True)
             logits[seen] -= p.frequency_penalty * counts + p.presence_penalty
-        if seq.num_output_tokens < p.min_tokens:
-            logits[[*self._eos, *p.stop_token_ids]] = -torch.inf
+        if p.grammar is None:
+            self._ban_stops(logits, seq)
+
+    def _ban_stops(self, logits: Tensor, seq: Sequence) -> None:
+        """No end before `min_tokens`, in one row `[vocab]`; a grammar's end comes all the same."""
+        if seq.num_output_tokens >= seq.params.min_tokens:
+            return
+        stops = [*self._eos, *seq.params.stop_token_ids]
+        kept = logits[stops]
+        logits[stops] = -torch.inf
+        if seq.params.grammar is not None and not bool((logits > -torch.inf).any()):
+            logits[stops] = kept
 
     def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
         """Sampled tokens `[rows]`: argmax of probability over exponential noise is a draw."""

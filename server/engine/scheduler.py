@@ -65,6 +65,14 @@ class Chunk:
         """Does it, so that the next token is sampled?"""
         return self.completes and self.seq.pooling is None
 
+    @property
+    def num_outputs(self) -> int:
+        """Of how many rows at the chunk's end the logits are needed."""
+        scored = self.seq.next_scored
+        if scored is None:
+            return int(self.samples)
+        return max(0, self.end - max(self.start, scored))
+
 
 @dataclass
 class Batch:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
 
 FinishReason = Literal["stop", "length", "abort"]
 PoolingKind = Literal["mean", "cls", "last", "SEQ_CLS", "TOKEN_CLS"]
@@ -31,6 +34,10 @@ class SamplingParams:
         min_tokens: no stop before this many tokens.
         ignore_eos: the model's end token does not stop the sequence.
         logprobs: report log probabilities of the sampled token and of this many likeliest ones.
+        logit_bias: token ids and what is added to their logits.
+        prompt_logprobs: report the same of the prompt's tokens.
+        grammar: what the text must match; it ends the sequence where nothing more may come, before
+            `min_tokens` and for all `ignore_eos` says.
     """
 
     max_tokens: int = 16
@@ -47,6 +54,24 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: Seq[tuple[int, float]] = ()
+    prompt_logprobs: int | None = None
+    grammar: CompiledGrammar | None = None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a text must match, as a request says it.
+
+    Attributes:
+        source: a JSON schema or a structural tag of xgrammar as JSON, a regular expression, or a
+            grammar in GBNF.
+        param: the request's field, for errors.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar", "structural_tag"]
+    source: str
+    param: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A sampled token, with log probabilities where the request asked for them."""
+    """A token of the output or of a prompt, with log probabilities where the request asked."""
 
     token_id: int
     logprob: float | None = None
@@ -136,6 +161,8 @@ class Sequence:
     #: Content hashes of the full blocks, as far as they are computed; owned by the block manager.
     block_hashes: list[bytes] = field(default_factory=list)
     pooled: Any = None
+    #: The prompt's tokens from the second on, with their log probabilities, as far as computed.
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
     #: Does the sequence hold a pin on its adapters?
     pinned: bool = False
     #: Later requests that pinned adapters while this one waited for adapter memory.
@@ -150,6 +177,17 @@ class Sequence:
     def prompt_len(self) -> int:
         """Virtual and prompt tokens."""
         return self.num_virtual_tokens + len(self.prompt_token_ids)
+
+    @property
+    def next_scored(self) -> int | None:
+        """The first position whose logits say a prompt token's probability that is still wanted.
+
+        None where none is: once the prompt is scored, and in every request that does not ask.
+        """
+        if self.params.prompt_logprobs is None:
+            return None
+        position = self.num_virtual_tokens + len(self.prompt_logprobs)
+        return position if position < self.prompt_len - 1 else None
 
     @property
     def num_output_tokens(self) -> int:

@@ -19,7 +19,8 @@ for quantization in ("nf4", "int8"):
     settings = Settings(model=folder, quantization=quantization, data_dir=Path(data, quantization),
                         kv_memory="1MiB", device="cpu")
     build_runtime(settings).close()
-unwanted = ("bitsandbytes", "transformers.trainer", "datasets", "pandas", "peft", "peftcore.model")
+unwanted = ("bitsandbytes", "xgrammar", "transformers.trainer", "datasets", "pandas", "peft",
+            "peftcore.model")
 print([name for name in unwanted if name in sys.modules])
 """
 

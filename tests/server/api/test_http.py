@@ -259,7 +259,7 @@ def test_many_clients_at_once(client: openai.OpenAI, server: Served) -> None:
         ({"model": "poet", "adapters": [{"name": "clerk"}]}, 400, "model", None),
         ({"adapters": [{"name": "poet"}, {"name": "poet"}]}, 400, "adapters", None),
         ({"temperature": 3}, 400, "temperature", "invalid_value"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"colour": "red"}, 400, "colour", "unknown_parameter"),
         ({"messages": None}, 400, "messages", "missing_required_parameter"),
         ({"messages": [{"role": "x", "content": ""}]}, 400, "messages[0].role", "invalid_value"),
