@@ -86,16 +86,13 @@ async def _constrained(
     runtime: Runtime, body: ChatCompletionRequest, tools: Toolbox, params: SamplingParams
 ) -> SamplingParams:
     """With the grammar that the request asks for, or that forces its calls, and their ends."""
-    constraint, forced = body.constraint(), tools.constraint()
+    constraint, forced = body.constraint(), tools.constraint(runtime.grammars.followed)
     if constraint is not None and tools.tools:
         raise BadRequest(
             f"{constraint.param}: not together with tools that may be called; send "
             "tool_choice: 'none'",
             param=constraint.param,
         )
-    if forced is not None:
-        for schema in tools.schemas():
-            runtime.grammars.check(schema)
     constraint = constraint or forced
     if constraint is not None:
         params = replace(params, grammar=await runtime.grammars.compile(constraint))

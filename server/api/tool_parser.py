@@ -74,6 +74,7 @@ class ToolCallParser:
         self._opened = ""  # was before `_pending`, and is text if that is no call
         self._scanned = 0  # characters of `_pending` that `_object` has seen
         self._object = _ObjectEnd()
+        self._is_behind_call = False
         self.num_calls = 0
         self._state: Literal["text", "call", "arguments", "tail", "after"]
         self._state = "text" if style.begin else "call"
@@ -114,8 +115,10 @@ class ToolCallParser:
         else:
             cut = len(self._pending) - (0 if final else _overlap(self._pending, begin))
             text, self._pending = self._pending[:cut], self._pending[cut:]
-        # The line breaks between calls are no content.
-        yield Text("" if self.num_calls and not text.strip() else text)
+        # The line breaks behind calls are no content.
+        text = text.lstrip() if self._is_behind_call else text
+        self._is_behind_call = self._is_behind_call and not text
+        yield Text(text)
 
     def _expect_call(self, opened: str) -> None:
         self._state, self._opened = "call", opened
@@ -123,7 +126,8 @@ class ToolCallParser:
 
     def _call(self, final: bool) -> Iterator[Piece]:
         """The head of a call, or a whole one whose keys come in another order."""
-        self._skip()
+        if self._skip(final) and not final:
+            return
         if not self._pending and not final:
             return
         head = _HEAD.match(self._pending)
@@ -152,16 +156,25 @@ class ToolCallParser:
         # What closes a list of calls is no content.
         yield Text("" if self.num_calls and not self._style.begin else text)
 
-    def _skip(self) -> None:
-        """Set aside white space, and what may stand between calls without marks."""
-        moved = True
-        while moved:
+    def _skip(self, final: bool) -> bool:
+        """Set aside white space, and what may stand between calls without marks.
+
+        True where a mark has only begun.
+        """
+        while True:
             body = self._pending.lstrip()
-            mark = next((m for m in self._style.skipped if body.startswith(m)), "")
-            moved = len(body) < len(self._pending) or bool(mark)
+            if body and not final and any(m != body and m.startswith(body) for m in self._marks):
+                return True
+            mark = next((m for m in self._marks if body.startswith(m)), "")
             cut = len(self._pending) - len(body) + len(mark)
             self._opened += self._pending[:cut]
             self._pending = self._pending[cut:]
+            if not mark:
+                return False
+
+    @property
+    def _marks(self) -> Sequence[str]:
+        return self._style.skipped
 
     @property
     def _is_given(self) -> bool:
@@ -186,6 +199,7 @@ class ToolCallParser:
 
     def _after(self) -> None:
         rest, end = self._pending.lstrip(), self._style.end
+        self._is_behind_call = True
         if not end:
             self._expect_call("")
         elif rest.startswith(end) or (rest and not end.startswith(rest)):

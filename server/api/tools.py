@@ -8,7 +8,7 @@ Parsing is `server.api.tool_parser`'s.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -98,8 +98,12 @@ class Toolbox:
         """A parser for one answer."""
         return ToolCallParser(self.style, self.names, None if self.parallel else 1)
 
-    def constraint(self) -> Constraint | None:
-        """What forces the calls that the request demands, or keeps strict ones to the letter."""
+    def constraint(self, followed: Callable[[Constraint], Any]) -> Constraint | None:
+        """What forces the calls that the request demands, or keeps strict ones to the letter.
+
+        Args:
+            followed: a JSON schema as it is followed; raises BadRequest where it cannot be.
+        """
         if not self.tools:
             return None
         if self.choice == "auto":
@@ -110,35 +114,30 @@ class Toolbox:
                     "tools: with this model, strict needs tool_choice 'required' or a function",
                     param="tools",
                 )
-            tags = [self._tag(tool) for tool in self.tools]
-            form = {
-                "type": "triggered_tags", "triggers": [self.style.begin], "tags": tags,
+            allowed = self.names
+            form: dict[str, Any] = {
+                "type": "triggered_tags", "triggers": [self.style.begin],
                 "stop_after_first": not self.parallel,
             }  # fmt: skip
         else:
-            allowed = self.names if self.choice == "required" else {*self.choice}
-            tags = [self._tag(tool) for tool in self.tools if tool.function.name in allowed]
+            allowed = self.names if self.choice == "required" else frozenset(self.choice)
             form = {
-                "type": "tags_with_separator", "tags": tags, "separator": "\n",
+                "type": "tags_with_separator", "separator": "\n",
                 "at_least_one": True,
                 "stop_after_first": not (self.parallel and self.style.begin),
             }  # fmt: skip
+        form["tags"] = [
+            self._tag(tool, followed, f"tools[{i}].function.parameters")
+            for i, tool in enumerate(self.tools)
+            if tool.function.name in allowed
+        ]
         source = json.dumps({"type": "structural_tag", "format": form})
         return Constraint("structural_tag", source, "tools")
 
-    def schemas(self) -> list[Constraint]:
-        """The schemas in the constraint, to be checked each."""
-        return [
-            Constraint(
-                "json_schema", json.dumps(tool.function.parameters),
-                f"tools[{i}].function.parameters",
-            )
-            for i, tool in enumerate(self.tools)
-            if tool.function.parameters
-        ]  # fmt: skip
-
-    def _tag(self, tool: Tool) -> dict[str, Any]:
+    def _tag(self, tool: Tool, followed: Callable[[Constraint], Any], param: str) -> dict[str, Any]:
         name, schema = json.dumps(tool.function.name), tool.function.parameters
+        if schema:
+            schema = followed(Constraint("json_schema", json.dumps(schema), param))
         begin, end = self.style.begin, self.style.end
         return {
             "type": "tag",

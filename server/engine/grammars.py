@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import resource
@@ -21,10 +22,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from server.engine.json_schema import check_schema
+from server.engine.json_schema import followed_schema
 from server.engine.sequence import Constraint
 from server.errors import BadRequest, TooLarge, Unavailable
 from server.tokenization import Tokenizer
@@ -44,8 +46,6 @@ _MAX_MEMORY = 1 << 30
 _CACHE_BYTES = 64 << 20
 _NUM_WORKERS = 2
 _MAX_WAITING = 64
-#: How the separators of an object or an array are written: one space, no other white space.
-_COMPACT = {"any_whitespace": False}
 
 
 class Grammars:
@@ -74,11 +74,12 @@ class Grammars:
         if "_pool" in self.__dict__:
             self._pool.shutdown(cancel_futures=True)
 
-    def check(self, constraint: Constraint) -> None:
-        """Raises BadRequest where a JSON schema cannot be followed to the letter."""
+    @staticmethod
+    def followed(constraint: Constraint) -> Any:
+        """The JSON schema as it is followed. Raises BadRequest where it cannot be."""
+        _check_size(constraint)
         try:
-            _check_size(constraint)
-            check_schema(constraint.source)
+            return followed_schema(constraint.source)
         except BadRequest as exc:
             raise _named(exc, constraint.param) from None
 
@@ -126,7 +127,8 @@ class Grammars:
 
     def _compile_anew(self, constraint: Constraint) -> CompiledGrammar:
         if constraint.kind == "json_schema":
-            check_schema(constraint.source)
+            schema = json.dumps(followed_schema(constraint.source))
+            constraint = replace(constraint, source=schema)
         from xgrammar import CompiledGrammar
 
         info, compiler = self._info, self._compiler
@@ -177,9 +179,11 @@ def _size(found: CompiledGrammar | BadRequest) -> int:
 def _compile(compiler: GrammarCompiler, constraint: Constraint) -> CompiledGrammar:
     match constraint.kind:
         case "json_schema":
-            return compiler.compile_json_schema(constraint.source, **_COMPACT)
+            return compiler.compile_json_schema(constraint.source, any_whitespace=False)
         case "json_object":
-            return compiler.compile_json_schema('{"type": "object"}', strict_mode=False, **_COMPACT)
+            return compiler.compile_json_schema(
+                '{"type": "object"}', strict_mode=False, any_whitespace=False
+            )
         case "regex":
             return compiler.compile_regex(constraint.source)
         case "grammar":

@@ -2,7 +2,8 @@
 
 A schema that is let through has this property: every text of its grammar is valid under it. (Not
 every valid text is in the grammar: properties that are not named come only where
-`additionalProperties` asks for them, and patterns match the whole string.)
+`additionalProperties` asks for them, patterns match the whole string, and strings with a pattern
+or a length have no escapes.)
 """
 
 from __future__ import annotations
@@ -48,11 +49,22 @@ class _Refused(Exception):
         super().__init__(f"{path.removeprefix('.') or 'the schema'}: {reason}")
 
 
-def check_schema(source: str) -> None:
-    """Raises BadRequest, naming the keyword, where a schema cannot be followed to the letter."""
+#: A character of a JSON string that stands for itself.
+_PLAIN = r'[^\x00-\x1f"\\]'
+
+
+def followed_schema(source: str) -> Any:
+    """The schema as xgrammar follows it to the letter.
+
+    Lengths become patterns, because xgrammar lets raw control characters into strings with lengths.
+
+    Raises:
+        BadRequest: it cannot be followed; the message names the keyword.
+    """
     try:
         schema = json.loads(source)
         _Check(schema).check(schema, "", 0)
+        return schema
     except _Refused as exc:
         raise BadRequest(str(exc)) from None
     except RecursionError:
@@ -62,7 +74,7 @@ def check_schema(source: str) -> None:
 
 
 class _Check:
-    """One schema's check; each `$ref`'s target is looked at once."""
+    """One schema's check, which rewrites lengths; each `$ref`'s target is looked at once."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -128,6 +140,13 @@ class _Check:
             raise _Refused(path, "of pattern, format and lengths only one can be enforced")
         if "format" in said and schema["format"] not in _FORMATS:
             raise _Refused(f"{path}.format", f"no such format: {schema['format']!r}")
+        if {"minLength", "maxLength"} & said:
+            low, high = schema.pop("minLength", 0), schema.pop("maxLength", None)
+            if type(low) is not int or type(high) not in (int, type(None)) or low < 0:
+                raise _Refused(path, "lengths must be whole numbers")
+            if high is not None and high < low:
+                raise _Refused(path, "maxLength is under minLength")
+            schema["pattern"] = f"^{_PLAIN}{{{low},{'' if high is None else high}}}$"
         for name, part in _children(schema):
             self.check(part, f"{path}.{name}", depth + 1)
         properties = schema.get("properties", {})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.json_schema import check_schema
+from server.engine.json_schema import followed_schema
 from server.errors import BadRequest
 
 CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": ["kind"]}
@@ -32,7 +32,7 @@ DOG = {"type": "object", "properties": {"kind": {"const": "dog"}}, "required": [
     ],
 )  # fmt: skip
 def test_accepted(schema: Any) -> None:
-    check_schema(json.dumps(schema))
+    followed_schema(json.dumps(schema))
 
 
 def deep(depth: int) -> Any:
@@ -55,6 +55,8 @@ def deep(depth: int) -> Any:
         ({"type": "foo"}, "type"), ({"type": 5}, "type"), ({"minimum": 3}, "minimum"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "the schema"),
         ({"type": "string", "format": "colour"}, "format"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "the schema"),
+        ({"type": "string", "minLength": 1.5}, "the schema"),
         ({"anyOf": [{"type": "integer"}], "minimum": 3}, "minimum"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {}}, "type": "null"}, "type"),
         ({"$ref": "#/$defs/a"}, "$ref"), ({"$ref": "http://a/b"}, "$ref"), ({"$ref": 5}, "$ref"),
@@ -70,10 +72,10 @@ def deep(depth: int) -> Any:
 )  # fmt: skip
 def test_refused(schema: Any, place: str) -> None:
     with pytest.raises(BadRequest, match=f"^{place}: |{place}".replace("$", r"\$")):
-        check_schema(json.dumps(schema))
+        followed_schema(json.dumps(schema))
 
 
 @pytest.mark.parametrize("source", ["", "{", "[" * 100_000, '{"type": "null"', "nope"])
 def test_no_json(source: str) -> None:
     with pytest.raises(BadRequest):
-        check_schema(source)
+        followed_schema(source)
