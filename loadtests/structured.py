@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     errors: list[str] = []
     num_valid = num_asked = 0
-    with local_server(flags) as url, httpx.Client(base_url=url, timeout=600) as http:
+    with (
+        tempfile.TemporaryDirectory() as data,
+        local_server([*flags, "--data-dir", data]) as server,
+        httpx.Client(base_url=server.url, timeout=600) as http,
+    ):
         model = http.get("/v1/models").json()["data"][0]["id"]
         options = {"streams": args.streams, "max_tokens": args.max_tokens}
         run(http, model, [None] * args.streams, plain_tokens=8, seed=0, **options)

@@ -24,7 +24,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        #: Tokens that are no part of a text.
+        self.special = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -112,7 +113,7 @@ class Tokenizer:
         self, prompt_token_ids: Sequence[int] = (), stop: Sequence[str] = ()
     ) -> Detokenizer:
         """A fresh incremental detokenizer for what follows a prompt."""
-        return Detokenizer(self.decode, self._special, self._tail(prompt_token_ids), stop)
+        return Detokenizer(self.decode, self.special, self._tail(prompt_token_ids), stop)
 
     def _tail(self, token_ids: Sequence[int]) -> list[int]:
         """The shortest end of a prompt that has text, all of it whole characters; or nothing."""

@@ -150,9 +150,15 @@ class Grammars:
     def _info(self) -> TokenizerInfo:
         from xgrammar import TokenizerInfo
 
-        return TokenizerInfo.from_huggingface(
+        detected = TokenizerInfo.from_huggingface(
             self._tokenizer.fast, vocab_size=self._vocab_size, stop_token_ids=self._eos
         )
+        # Special tokens are no part of a text, so they must not match one by their names.
+        vocab = [""] * self._vocab_size
+        for token, token_id in self._tokenizer.fast.get_vocab().items():
+            if token_id < self._vocab_size and token_id not in self._tokenizer.special:
+                vocab[token_id] = token
+        return TokenizerInfo.from_vocab_and_metadata(vocab, detected.dump_metadata())
 
     @cached_property
     def _compiler(self) -> GrammarCompiler:

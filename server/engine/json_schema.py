@@ -49,8 +49,9 @@ class _Refused(Exception):
         super().__init__(f"{path.removeprefix('.') or 'the schema'}: {reason}")
 
 
-#: A character of a JSON string that stands for itself.
-_PLAIN = r'[^\x00-\x1f"\\]'
+#: A character of a JSON string that stands for itself: all but controls, quotes, backslashes and
+#: surrogates, by ranges (xgrammar's complements let encodings through that are no characters).
+_PLAIN = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
 
 
 def followed_schema(source: str) -> Any:
