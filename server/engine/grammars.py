@@ -154,7 +154,7 @@ class Grammars:
             self._tokenizer.fast, vocab_size=self._vocab_size, stop_token_ids=self._eos
         )
         # Special tokens are no part of a text, so they must not match one by their names.
-        vocab = [""] * self._vocab_size
+        vocab: list[bytes | str] = [""] * self._vocab_size
         for token, token_id in self._tokenizer.fast.get_vocab().items():
             if token_id < self._vocab_size and token_id not in self._tokenizer.special:
                 vocab[token_id] = token
