@@ -34,8 +34,8 @@ def _any(rng: random.Random, depth: int, definitions: Schema) -> Schema:
             items = _any(rng, depth - 1, definitions)
             return {"type": "array", "items": items, "minItems": low, "maxItems": low + 1}
         case "tuple":
-            items = [_any(rng, 0, definitions) for _ in range(2)]
-            return {"type": "array", "prefixItems": items, "items": False, "minItems": 2}
+            parts = [_any(rng, 0, definitions) for _ in range(2)]
+            return {"type": "array", "prefixItems": parts, "items": False, "minItems": 2}
         case "anyOf":
             return {"anyOf": [_any(rng, depth - 1, definitions), {"type": "null"}]}
         case "$ref":
@@ -55,7 +55,7 @@ def _object(rng: random.Random, depth: int, definitions: Schema) -> Schema:
 
 
 def _scalar(rng: random.Random) -> Schema:
-    match rng.randrange(8):
+    match rng.randrange(9):
         case 0:
             low = rng.randint(-50, 50)
             return {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 5000)}
@@ -72,6 +72,9 @@ def _scalar(rng: random.Random) -> Schema:
         case 5:
             return {"type": "string", "format": rng.choice(("date", "uuid", "ipv4"))}
         case 6:
+            low = rng.randint(-9, 9)
+            return {"type": "number", "minimum": low + 0.25, "maximum": low + rng.randint(1, 300)}
+        case 7:
             return {"type": rng.choice(("boolean", "null"))}
         case _:
             return {"type": ["boolean", "null"], "description": "yes, no or not known"}

@@ -37,6 +37,17 @@ def keywords(schema: Any) -> Iterator[str]:
             yield from keywords(value)
 
 
+def values(schema: Any, key: str) -> Iterator[Any]:
+    if isinstance(schema, dict):
+        if key in schema:
+            yield schema[key]
+        for part in schema.values():
+            yield from values(part, key)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from values(part, key)
+
+
 def test_the_schemas_are_repeatable_and_of_all_kinds() -> None:
     assert random_schema(7) == random_schema(7)
     schemas = [random_schema(seed) for seed in range(NUM_SCHEMAS)]
@@ -44,6 +55,7 @@ def test_the_schemas_are_repeatable_and_of_all_kinds() -> None:
     for schema in schemas:
         jsonschema.Draft202012Validator.check_schema(schema)
     counts = Counter(key for schema in schemas for key in keywords(schema))
+    assert sum(schema_type == "number" for schema_type in values(schemas, "type")) >= 20
     for key in (
         "properties", "items", "prefixItems", "enum", "minimum", "exclusiveMaximum", "minLength",
         "pattern", "format", "anyOf", "$ref", "minItems",

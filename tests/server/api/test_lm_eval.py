@@ -1,4 +1,4 @@
-"""lm_eval's `local-completions` on an adapter of the server scores as its `hf` with peft's adapter."""
+"""lm_eval's `local-completions` on the server's adapter scores as its `hf` with peft's."""
 
 from __future__ import annotations
 
