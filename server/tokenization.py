@@ -66,9 +66,6 @@ class Tokenizer:
         types = found.get("token_type_ids") if pair is not None else None
         return list(found["input_ids"]), types, [tuple(span) for span in found["offset_mapping"]]
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
-
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

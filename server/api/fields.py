@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import (
@@ -65,6 +66,36 @@ def check_unicode(text: str) -> str:
 
 def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class TextsOrTokens:
+    """Reads one or several of `noun`, each a text or a list of token ids; at most `max_count`."""
+
+    noun: str
+    max_count: int
+
+    def __call__(self, value: Any) -> list[str | list[int]]:
+        if isinstance(value, str) or _is_token_ids(value):
+            found = [value]
+        elif isinstance(value, list) and value:
+            found = value
+        else:
+            raise invalid("a string, a list of strings, token ids, or lists of token ids expected")
+        if len(found) > self.max_count:
+            raise invalid(f"{len(found)} {self.noun}s, and at most {self.max_count} are taken")
+        if not (all(isinstance(one, str) for one in found) or all(map(_is_token_ids, found))):
+            raise invalid(f"the {self.noun}s must all be strings, or all be lists of token ids")
+        for one in found:
+            if isinstance(one, str):
+                check_unicode(one)
+            if not one:
+                raise invalid(f"one {self.noun} is empty")
+        return found
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
 Text = Annotated[str, AfterValidator(check_unicode)]

@@ -6,51 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator
 
-from server.api.schemas import (
-    MAX_MIXTURE,
-    NonEmpty,
-    Refused,
-    Strict,
-    Text,
-    WeightedAdapter,
-    _check_unicode,
-    _invalid,
-    _is_token_ids,
-)
+from server.api.fields import NonEmpty, Refused, Strict, Text, TextsOrTokens, as_list
+from server.api.schemas import MAX_MIXTURE, WeightedAdapter
 
 #: OpenAI's bound.
 MAX_INPUTS = 2048
 
-
-def _parse_inputs(value: Any) -> list[str | list[int]]:
-    """One or several inputs, each a text or a list of token ids."""
-    if isinstance(value, str) or _is_token_ids(value):
-        inputs = [value]
-    elif isinstance(value, list) and value:
-        inputs = value
-    else:
-        raise _invalid("a string, a list of strings, token ids, or lists of token ids expected")
-    if len(inputs) > MAX_INPUTS:
-        raise _invalid(f"{len(inputs)} inputs, and at most {MAX_INPUTS} are taken")
-    if not (all(isinstance(i, str) for i in inputs) or all(map(_is_token_ids, inputs))):
-        raise _invalid("the inputs must all be strings, or all be lists of token ids")
-    for given in inputs:
-        if isinstance(given, str):
-            _check_unicode(given)
-        if not given:
-            raise _invalid("an input is empty")
-    return inputs
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+Inputs = Annotated[list[str | list[int]], PlainValidator(TextsOrTokens("input", MAX_INPUTS))]
 
 
 class PoolingRequest(Strict):
     """What embeddings and classification have in common."""
 
     model: NonEmpty
-    input: Annotated[list[str | list[int]], PlainValidator(_parse_inputs)] = Field(
+    input: Inputs = Field(
         json_schema_extra={"description": "text, texts, token ids, or lists of token ids"}
     )
     user: str | None = None  # a label that does not concern the answer
@@ -77,7 +46,7 @@ class EmbeddingRequest(PoolingRequest):
 class ClassifyRequest(PoolingRequest):
     """POST /v1/classify."""
 
-    text_pair: Annotated[list[Text] | None, BeforeValidator(_listed)] = Field(
+    text_pair: Annotated[list[Text] | None, BeforeValidator(as_list)] = Field(
         None, description="for each input a second text, which is joined to it"
     )
 

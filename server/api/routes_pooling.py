@@ -150,7 +150,7 @@ def _classified_tokens(
     """Tokens that the tokenizer adds are left out."""
     tokens = []
     for i, token_id in enumerate(given.tokens.token_ids):
-        if given.spans is not None and tokenizer.is_special(token_id):
+        if given.spans is not None and token_id in tokenizer.special:
             continue
         start, end = (None, None) if given.spans is None else given.spans[i]
         likeliest = max(range(len(labels)), key=probs[i].__getitem__)

@@ -28,10 +28,10 @@ from server.api.fields import (
     Refused,
     Strict,
     Text,
+    TextsOrTokens,
     TokenId,
     as_list,
     check_token_ids,
-    check_unicode,
     invalid,
 )
 from server.api.guided import Guided, ResponseFormat, constraint_of
@@ -48,29 +48,7 @@ MAX_BIASES = 1024
 MAX_TOOLS = 128
 MIN_TEMPERATURE = 1e-5
 
-
-def _parse_prompts(value: Any) -> list[str | list[int]]:
-    """One or several prompts, each a text or a list of token ids."""
-    if isinstance(value, str) or _is_token_ids(value):
-        prompts = [value]
-    elif isinstance(value, list) and value:
-        prompts = value
-    else:
-        raise invalid("a string, a list of strings, token ids, or lists of token ids expected")
-    if len(prompts) > MAX_PROMPTS:
-        raise invalid(f"{len(prompts)} prompts, and at most {MAX_PROMPTS} are taken")
-    if not (all(isinstance(p, str) for p in prompts) or all(map(_is_token_ids, prompts))):
-        raise invalid("the prompts must all be strings, or all be lists of token ids")
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            check_unicode(prompt)
-        if not prompt:
-            raise invalid("a prompt is empty")
-    return prompts
-
-
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+Prompts = Annotated[list[str | list[int]], PlainValidator(TextsOrTokens("prompt", MAX_PROMPTS))]
 
 
 def _join_parts(value: Any) -> Any:
@@ -294,7 +272,7 @@ class GenerationRequest(Guided):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompts)] = Field(
+    prompt: Prompts = Field(
         json_schema_extra={"description": "text, texts, token ids, or lists of token ids"}
     )
     logprobs: int | None = Field(None, ge=0, le=5)
