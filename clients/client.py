@@ -1,101 +1,143 @@
-"""A small synchronous client of the server's HTTP API. Needs httpx and nothing of ours.
+"""Clients of the server's HTTP API, one that waits and one for asyncio. No torch, nothing of ours.
 
-client = Client("http://127.0.0.1:8000")
-client.adapters.push("poet", Path("my-adapter"))
-for text in client.stream_chat([{"role": "user", "content": "Hello"}], model="poet"):
-    print(text, end="")
+    with Client("http://127.0.0.1:8000") as client:
+        client.adapters.push("poet", Path("my-adapter"))
+        with client.stream_chat([{"role": "user", "content": "Hello"}], model="poet") as stream:
+            for text in stream:
+                print(text, end="")
+
+`AsyncClient` has the same methods, to be awaited. All raise `clients.errors.ClientError`:
+`ApiError` for what the server refuses, by its status, `ConnectionFailed` where none answers.
+`options` are the API's own request fields: temperature, max_tokens, stop,
+adapters=[{"name": …, "weight": …}], …
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
-from urllib.parse import quote
+from typing import Any, Self, TypeVar
 
 import httpx
 
-from clients.errors import ConnectionFailed, error_of
+from clients import calls
+from clients.adapter_files import open_adapter
+from clients.calls import Call, Message, transport_errors
+from clients.errors import error_of
+from clients.events import EventReader
+from clients.results import Adapter, Classification, Embeddings, Reply
+from clients.retries import Retries
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "POLYPEFT_URL"
+API_KEY_VARIABLE = "POLYPEFT_API_KEY"
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MODEL_CONFIG_NAME = "config.json"
-HUB_WEIGHTS_NAME = "adapter.safetensors"
+#: Seconds without a byte. A long prompt's first token may be long in coming.
+DEFAULT_TIMEOUT = 600.0
+CONNECT_TIMEOUT = 10.0
 
-Message = Mapping[str, str]
+T = TypeVar("T")
+Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What the server says of an adapter. Sizes in bytes, times in seconds since the epoch.
+class _Settings:
+    """What both clients are made of; `Client` says what the arguments mean."""
 
-    Attributes:
-        digest: its identity; a name can be flipped to another.
-        num_bytes, file_bytes: on the device, and in its files.
-        residency: "device", "host", "disk" or "loading".
-        status: only after a push: "created", "updated" or "unchanged".
+    def __init__(
+        self,
+        base_url: str | None,
+        api_key: str | None,
+        timeout: float | httpx.Timeout,
+        retries: Retries | None,
+    ) -> None:
+        self.url = calls.server_url(base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL)
+        self.retries = retries or Retries()
+        if not isinstance(timeout, httpx.Timeout):
+            timeout = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
+        self.timeout = timeout
+        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        self.headers = {} if not key else {"Authorization": f"Bearer {key}"}
+
+
+class Stream:
+    """One answer as it comes: an iterator over pieces of text.
+
+    It is read within its `with` block only, at whose end the server stops working on it.
     """
 
-    name: str
-    digest: str
-    method: str
-    rank: int
-    num_bytes: int
-    file_bytes: int
-    num_virtual_tokens: int
-    modules: list[str]
-    created_at: float
-    updated_at: float
-    num_requests: int
-    last_used_at: float | None
-    residency: str
-    num_running: int
-    status: str | None = None
+    def __init__(self, answer: httpx.Response) -> None:
+        self._answer = answer
+        self._reader = EventReader()
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises ConnectionLost: it ended early. ServerFailed: the server broke it off."""
+        with transport_errors(self._answer.url):
+            for data in self._answer.iter_bytes():
+                yield from self._reader.feed(data)
+        self._reader.close()
+
+    @property
+    def reply(self) -> Reply:
+        """What came so far; whole, with its counts, after the last piece."""
+        return self._reader.reply()
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A finished answer."""
+class AsyncStream:
+    """`Stream`, to be iterated over with `async for`."""
 
-    text: str
-    model: str
-    finish_reason: str | None
-    num_prompt_tokens: int
-    num_completion_tokens: int
-    num_cached_tokens: int
+    def __init__(self, answer: httpx.Response) -> None:
+        self._answer = answer
+        self._reader = EventReader()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        with transport_errors(self._answer.url):
+            async for data in self._answer.aiter_bytes():
+                for piece in self._reader.feed(data):
+                    yield piece
+        self._reader.close()
+
+    @property
+    def reply(self) -> Reply:
+        return self._reader.reply()
 
 
 class Client:
     """Talks to one server; a context manager that closes its connections.
 
-    Every method raises `clients.errors.ApiError` for what the server refuses and
-    `ConnectionFailed` where no server answers. `options` are the API's own request fields:
-    temperature, max_tokens, top_p, stop, seed, adapters=[{"name": …, "weight": …}], …
+    Args:
+        base_url: by default the environment's POLYPEFT_URL, or `DEFAULT_URL`.
+        api_key: sent as a bearer token; by default the environment's POLYPEFT_API_KEY, if any.
+        timeout: seconds without a byte after which a request is given up, or httpx's own.
+        retries: when a request is sent again.
+        transport: httpx's, in place of the network.
+
+    Attributes:
+        adapters: the server's adapters.
     """
 
     def __init__(
-        self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = 600.0
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx.Timeout = DEFAULT_TIMEOUT,
+        retries: Retries | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        made = _Settings(base_url, api_key, timeout, retries)
+        self._retries = made.retries
         self._http = httpx.Client(
-            base_url=base_url, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0)
+            base_url=made.url, headers=made.headers, timeout=made.timeout, transport=transport
         )
         self._base: str | None = None
         self.adapters = Adapters(self)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -103,11 +145,15 @@ class Client:
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself."""
-        return self._json("GET", "/health")
+        return self._send(calls.health())
+
+    def metrics(self) -> str:
+        """Prometheus' text; `clients.metrics.Snapshot` reads it."""
+        return self._send(calls.metrics())
 
     def models(self) -> list[str]:
         """The names that requests can use: the base first, then the adapters."""
-        return [model["id"] for model in self._json("GET", "/v1/models")["data"]]
+        return self._send(calls.models())
 
     def base_model(self) -> str:
         """The base model's name; asked for once."""
@@ -117,69 +163,63 @@ class Client:
 
     def complete(self, prompt: str, model: str | None = None, **options: Any) -> Reply:
         """Continue a text; by the base model where none is named."""
-        body = {"model": model or self.base_model(), "prompt": prompt, **options}
-        answer = self._json("POST", "/v1/completions", json=body)
-        return _reply(answer, answer["choices"][0]["text"])
+        return self._send(calls.complete(prompt, model or self.base_model(), options))
 
     def chat(self, messages: Sequence[Message], model: str | None = None, **options: Any) -> Reply:
         """The assistant's next turn; by the base model where none is named."""
-        body = {"model": model or self.base_model(), "messages": list(messages), **options}
-        answer = self._json("POST", "/v1/chat/completions", json=body)
-        return _reply(answer, answer["choices"][0]["message"]["content"])
-
-    def stream_complete(
-        self, prompt: str, model: str | None = None, **options: Any
-    ) -> Iterator[str]:
-        """`complete`, piece by piece. Closing the iterator stops the server's work."""
-        body = {"model": model or self.base_model(), "prompt": prompt, "stream": True, **options}
-        for chunk in self._events("/v1/completions", body):
-            yield from (choice["text"] for choice in chunk["choices"] if choice["text"])
-
-    def stream_chat(
-        self, messages: Sequence[Message], model: str | None = None, **options: Any
-    ) -> Iterator[str]:
-        """`chat`, piece by piece. Closing the iterator stops the server's work."""
-        head = {"model": model or self.base_model(), "messages": list(messages), "stream": True}
-        for chunk in self._events("/v1/chat/completions", head | options):
-            for choice in chunk["choices"]:
-                if text := choice["delta"].get("content"):
-                    yield text
-
-    def _json(self, method: str, path: str, **kwargs: Any) -> Any:
-        with self._connection_errors():
-            answer = self._http.request(method, path, **kwargs)
-        body = _parse(answer)
-        if answer.is_error:
-            raise error_of(answer.status_code, body)
-        return body
-
-    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        with (
-            self._connection_errors(),
-            self._http.stream("POST", path, json=body) as answer,
-        ):
-            if answer.is_error:
-                answer.read()
-                raise error_of(answer.status_code, _parse(answer))
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line:
-                    continue
-                if data == "[DONE]":
-                    return
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise error_of(500, chunk)
-                yield chunk
-        raise ConnectionFailed("the stream ended early")
+        return self._send(calls.chat(messages, model or self.base_model(), options))
 
     @contextmanager
-    def _connection_errors(self) -> Iterator[None]:
+    def stream_complete(
+        self, prompt: str, model: str | None = None, **options: Any
+    ) -> Iterator[Stream]:
+        """`complete`, piece by piece."""
+        call = calls.complete(prompt, model or self.base_model(), options)
+        with self._open(calls.streamed(call)) as stream:
+            yield stream
+
+    @contextmanager
+    def stream_chat(
+        self, messages: Sequence[Message], model: str | None = None, **options: Any
+    ) -> Iterator[Stream]:
+        """`chat`, piece by piece."""
+        call = calls.chat(messages, model or self.base_model(), options)
+        with self._open(calls.streamed(call)) as stream:
+            yield stream
+
+    def classify(self, texts: Sequence[str], model: str | None = None) -> list[Classification]:
+        """Each text's class, by a classifier: an adapter, or the base where none is named."""
+        return self._send(calls.classify(texts, model or self.base_model()))
+
+    def embed(self, texts: Sequence[str], model: str | None = None, **options: Any) -> Embeddings:
+        """Each text's vector."""
+        return self._send(calls.embed(texts, model or self.base_model(), options))
+
+    def _send(self, call: Call[T]) -> T:
+        def once() -> T:
+            with transport_errors(self._http.base_url):
+                return call.read(self._http.send(call.build(self._http)))
+
+        return self._retries.retrying()(once)
+
+    @contextmanager
+    def _open(self, call: Call[Reply]) -> Iterator[Stream]:
+        answer = self._retries.retrying()(self._begin, call)
         try:
-            yield
-        except (httpx.TransportError, httpx.InvalidURL) as exc:
-            reason = str(exc) or type(exc).__name__
-            raise ConnectionFailed(f"{self._http.base_url}: {reason}") from exc
+            yield Stream(answer)
+        finally:
+            answer.close()
+
+    def _begin(self, call: Call[Reply]) -> httpx.Response:
+        with transport_errors(self._http.base_url):
+            answer = self._http.send(call.build(self._http), stream=True)
+            if answer.is_error:
+                try:
+                    answer.read()
+                finally:
+                    answer.close()
+                raise error_of(answer.status_code, calls.body_of(answer), answer.headers)
+        return answer
 
 
 class Adapters:
@@ -188,93 +228,176 @@ class Adapters:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def push(
-        self, name: str, folder: Path, on_progress: Callable[[int], None] | None = None
-    ) -> Adapter:
+    def push(self, name: str, path: Path, on_progress: Progress | None = None) -> Adapter:
         """Upload an adapter as PEFT or AdapterHub saved it, or point its name at other weights.
 
         Args:
             name: what requests will call it.
-            folder: holds adapter_config.json and adapter_model.safetensors, or AdapterHub's
-                adapter.safetensors; and perhaps the trained model's config.json, whose id2label
-                says what a classifier's classes are called.
-            on_progress: called with the bytes of the weights that were sent since the last call.
+            path: a folder with adapter_config.json and the weights, a zip of it, or the weights
+                with their config beside them.
+            on_progress: called with the bytes of the weights that were read to be sent, so far.
 
         Raises:
-            FileNotFoundError: one of the two files is missing.
+            InvalidInput: it does not look like an adapter; nothing was sent.
         """
-        path = weights_path(folder)
-        with open(folder / CONFIG_NAME, "rb") as config, open(path, "rb") as file:
-            weights = file if on_progress is None else _Watched(file, on_progress)
-            files: dict[str, Any] = {
-                "config": (CONFIG_NAME, config),
-                "weights": (path.name, weights),
-            }
-            model_config = folder / MODEL_CONFIG_NAME
-            if model_config.is_file():
-                files["id2label"] = (MODEL_CONFIG_NAME, model_config.read_bytes())
-            answer = self._client._json("POST", "/v1/adapters", data={"name": name}, files=files)
-        return _adapter(answer)
+        with open_adapter(path) as files, calls.push_adapter(name, files, on_progress) as call:
+            return self._client._send(call)
 
     def list(self) -> list[Adapter]:
         """All adapters, by name."""
-        return [_adapter(item) for item in self._client._json("GET", "/v1/adapters")["data"]]
+        return self._client._send(calls.list_adapters())
 
     def get(self, name: str) -> Adapter:
-        return _adapter(self._client._json("GET", f"/v1/adapters/{quote(name, safe='')}"))
+        return self._client._send(calls.get_adapter(name))
 
     def remove(self, name: str) -> Adapter:
         """Delete the name; requests that run with it finish."""
-        return _adapter(self._client._json("DELETE", f"/v1/adapters/{quote(name, safe='')}"))
+        return self._client._send(calls.remove_adapter(name))
+
+    def pin(self, name: str) -> Adapter:
+        """Keep it on the device: it is never evicted."""
+        return self._client._send(calls.pin_adapter(name))
+
+    def unpin(self, name: str) -> Adapter:
+        """Let it be evicted again."""
+        return self._client._send(calls.unpin_adapter(name))
+
+    def prefetch(self, name: str) -> Adapter:
+        """Begin to load it; returns before it is there."""
+        return self._client._send(calls.prefetch_adapter(name))
 
 
-def weights_path(folder: Path) -> Path:
-    """Where PEFT would have saved an adapter's weights, or AdapterHub has."""
-    saved_by_hub = folder / HUB_WEIGHTS_NAME
-    return saved_by_hub if saved_by_hub.is_file() else folder / WEIGHTS_NAME
+class AsyncClient:
+    """`Client` for asyncio: the same arguments and methods, to be awaited."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx.Timeout = DEFAULT_TIMEOUT,
+        retries: Retries | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        made = _Settings(base_url, api_key, timeout, retries)
+        self._retries = made.retries
+        self._http = httpx.AsyncClient(
+            base_url=made.url, headers=made.headers, timeout=made.timeout, transport=transport
+        )
+        self._base: str | None = None
+        self.adapters = AsyncAdapters(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def health(self) -> dict[str, Any]:
+        return await self._send(calls.health())
+
+    async def metrics(self) -> str:
+        return await self._send(calls.metrics())
+
+    async def models(self) -> list[str]:
+        return await self._send(calls.models())
+
+    async def base_model(self) -> str:
+        if self._base is None:
+            self._base = (await self.models())[0]
+        return self._base
+
+    async def complete(self, prompt: str, model: str | None = None, **options: Any) -> Reply:
+        return await self._send(calls.complete(prompt, model or await self.base_model(), options))
+
+    async def chat(
+        self, messages: Sequence[Message], model: str | None = None, **options: Any
+    ) -> Reply:
+        return await self._send(calls.chat(messages, model or await self.base_model(), options))
+
+    @asynccontextmanager
+    async def stream_complete(
+        self, prompt: str, model: str | None = None, **options: Any
+    ) -> AsyncIterator[AsyncStream]:
+        call = calls.complete(prompt, model or await self.base_model(), options)
+        async with self._open(calls.streamed(call)) as stream:
+            yield stream
+
+    @asynccontextmanager
+    async def stream_chat(
+        self, messages: Sequence[Message], model: str | None = None, **options: Any
+    ) -> AsyncIterator[AsyncStream]:
+        call = calls.chat(messages, model or await self.base_model(), options)
+        async with self._open(calls.streamed(call)) as stream:
+            yield stream
+
+    async def classify(
+        self, texts: Sequence[str], model: str | None = None
+    ) -> list[Classification]:
+        return await self._send(calls.classify(texts, model or await self.base_model()))
+
+    async def embed(
+        self, texts: Sequence[str], model: str | None = None, **options: Any
+    ) -> Embeddings:
+        return await self._send(calls.embed(texts, model or await self.base_model(), options))
+
+    async def _send(self, call: Call[T]) -> T:
+        async def once() -> T:
+            with transport_errors(self._http.base_url):
+                return call.read(await self._http.send(call.build(self._http)))
+
+        return await self._retries.async_retrying()(once)
+
+    @asynccontextmanager
+    async def _open(self, call: Call[Reply]) -> AsyncIterator[AsyncStream]:
+        answer: httpx.Response = await self._retries.async_retrying()(self._begin, call)
+        try:
+            yield AsyncStream(answer)
+        finally:
+            await answer.aclose()
+
+    async def _begin(self, call: Call[Reply]) -> httpx.Response:
+        with transport_errors(self._http.base_url):
+            answer = await self._http.send(call.build(self._http), stream=True)
+            if answer.is_error:
+                try:
+                    await answer.aread()
+                finally:
+                    await answer.aclose()
+                raise error_of(answer.status_code, calls.body_of(answer), answer.headers)
+        return answer
 
 
-class _Watched:
-    """A binary file that tells how much of it was read."""
+class AsyncAdapters:
+    """`Adapters`, to be awaited. The files are read between the sends, on the loop's thread."""
 
-    def __init__(self, file: IO[bytes], on_progress: Callable[[int], None]) -> None:
-        self._file = file
-        self._on_progress = on_progress
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._on_progress(len(data))
-        return data
+    async def push(self, name: str, path: Path, on_progress: Progress | None = None) -> Adapter:
+        with open_adapter(path) as files, calls.push_adapter(name, files, on_progress) as call:
+            return await self._client._send(call)
 
-    def fileno(self) -> int:
-        return self._file.fileno()
+    async def list(self) -> list[Adapter]:
+        return await self._client._send(calls.list_adapters())
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+    async def get(self, name: str) -> Adapter:
+        return await self._client._send(calls.get_adapter(name))
 
-    def tell(self) -> int:
-        return self._file.tell()
+    async def remove(self, name: str) -> Adapter:
+        return await self._client._send(calls.remove_adapter(name))
 
+    async def pin(self, name: str) -> Adapter:
+        return await self._client._send(calls.pin_adapter(name))
 
-def _parse(answer: httpx.Response) -> Any:
-    try:
-        return answer.json()
-    except ValueError:
-        return answer.text
+    async def unpin(self, name: str) -> Adapter:
+        return await self._client._send(calls.unpin_adapter(name))
 
-
-def _adapter(body: Mapping[str, Any]) -> Adapter:
-    """Fields that a newer server adds are passed over."""
-    return Adapter(**{f.name: body[f.name] for f in fields(Adapter) if f.name in body})
+    async def prefetch(self, name: str) -> Adapter:
+        return await self._client._send(calls.prefetch_adapter(name))
 
 
-def _reply(answer: Mapping[str, Any], text: str) -> Reply:
-    usage = answer["usage"]
-    return Reply(
-        text=text,
-        model=answer["model"],
-        finish_reason=answer["choices"][0]["finish_reason"],
-        num_prompt_tokens=usage["prompt_tokens"],
-        num_completion_tokens=usage["completion_tokens"],
-        num_cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-    )
+__all__ = ["DEFAULT_URL", "AsyncClient", "AsyncStream", "Client", "Retries", "Stream"]
