@@ -104,6 +104,10 @@ def models() -> Call[list[str]]:
     return Call("GET", "/v1/models", lambda body: [model["id"] for model in body["data"]])
 
 
+def max_model_len() -> Call[int | None]:
+    return Call("GET", "/v1/models", lambda body: body["data"][0].get("max_model_len"))
+
+
 # -- generation ------------------------------------------------------------------------------------
 
 

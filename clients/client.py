@@ -161,6 +161,10 @@ class Client:
             self._base = self.models()[0]
         return self._base
 
+    def max_model_len(self) -> int | None:
+        """The longest context in tokens; None from a server that does not tell."""
+        return self._send(calls.max_model_len())
+
     def complete(self, prompt: str, model: str | None = None, **options: Any) -> Reply:
         """Continue a text; by the base model where none is named."""
         return self._send(calls.complete(prompt, model or self.base_model(), options))
@@ -309,6 +313,9 @@ class AsyncClient:
         if self._base is None:
             self._base = (await self.models())[0]
         return self._base
+
+    async def max_model_len(self) -> int | None:
+        return await self._send(calls.max_model_len())
 
     async def complete(self, prompt: str, model: str | None = None, **options: Any) -> Reply:
         return await self._send(calls.complete(prompt, model or await self.base_model(), options))

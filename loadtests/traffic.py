@@ -112,6 +112,16 @@ def read_trace(path: Path, num_requests: int, speed: float, max_len: int | None)
     return [Slot((time - start).total_seconds() / speed, n, m) for time, n, m in taken]
 
 
+def clip(slots: Sequence[Slot], max_prompt: int, max_output: int) -> list[Slot]:
+    """The same arrivals, with prompts and outputs of at most so many tokens."""
+    return [
+        Slot(
+            s.arrival, max(1, min(s.num_prompt, max_prompt)), max(1, min(s.num_output, max_output))
+        )
+        for s in slots
+    ]
+
+
 def choose(
     popularity: str,
     num_requests: int,
@@ -182,6 +192,7 @@ __all__ = [
     "Request",
     "Slot",
     "choose",
+    "clip",
     "closed_loop",
     "poisson",
     "read_trace",
