@@ -98,7 +98,6 @@ def cache_hit_rate(steps: Steps) -> Figure | None:
         [s["popularity"] for s in points], [s["adapter_hit_rate"] for s in points], width=0.6
     )
     axes.bar_label(bars, [f"{s['adapter_hit_rate']:.1%}" for s in points])
-    axes.set_ylim(0, 1.1)
     _label(axes, f"adapter cache hit rate ({points[0]['users']} users)")
     return figure
 
@@ -139,7 +138,7 @@ def _by_popularity(steps: Steps) -> Steps:
 
 def _label(axes: Axes, y: str, x: str | None = None) -> None:
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     if x is not None:
         axes.set_xlabel(x)

@@ -22,6 +22,7 @@ from typing import Any
 import gevent
 from gevent.pool import Pool
 from locust import FastHttpUser, events, task
+from locust.exception import StopUser
 from locust.runners import STATE_STOPPING
 from urllib3.filepost import encode_multipart_formdata
 
@@ -266,7 +267,9 @@ class Replay(ApiUser):
             body = {"model": self.model(), "prompt": prompt, "max_tokens": slot.num_output}
             pool.spawn(self.stream, "/v1/completions", body, due)
         pool.join()
-        self.environment.runner.quit()
+        # Not from here, since it waits for this user's end.
+        gevent.spawn(self.environment.runner.quit)
+        raise StopUser
 
 
 class _Changer(ApiUser):

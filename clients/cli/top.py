@@ -47,6 +47,7 @@ class AdapterLoad:
     num_running: int
     num_requests: int
     requests_per_s: float
+    output_tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ class Load:
                 a.num_running,
                 a.num_requests,
                 max(0, a.num_requests - counts.get(a.digest, 0)) / seconds,
+                now.growth(
+                    before.metrics,
+                    "polypeft_adapter_tokens_total",
+                    adapter=a.name,
+                    kind="generated",
+                )
+                / seconds,
             )
             for a in after.adapters
         ]
@@ -124,8 +132,8 @@ def top(
 ) -> None:
     """Watch the adapters and the load, live; Ctrl-C ends it.
 
-    Rates are of the time since the last look. RESIDENT says where an adapter's bytes lie; a row's
-    requests are those that named the adapter.
+    Rates are of the time since the last look. RESIDENT says where an adapter's bytes lie. A row's
+    requests are those that named the adapter; its tokens count when their request has ended.
     """
     client: Client = context.obj
     with errors_to_exit():
@@ -159,8 +167,8 @@ def render(load: Load, max_rows: int) -> Group:
         + f"   adapter hits {_percent(load.adapter_hit_rate)}\n"
     )
     table = Table(box=None, pad_edge=False)
-    for column in ("ADAPTER", "METHOD", "RESIDENT", "RUNNING", "REQUESTS", "REQ/S"):
-        right = column in ("RUNNING", "REQUESTS", "REQ/S")
+    for column in ("ADAPTER", "METHOD", "RESIDENT", "RUNNING", "REQUESTS", "REQ/S", "TOK/S"):
+        right = column in ("RUNNING", "REQUESTS", "REQ/S", "TOK/S")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     shown = load.adapters[: max(1, max_rows)]
     for row in shown:
@@ -171,6 +179,7 @@ def render(load: Load, max_rows: int) -> Group:
             str(row.num_running),
             str(row.num_requests),
             f"{row.requests_per_s:.1f}",
+            f"{row.output_tokens_per_s:.0f}",
         )
     left = len(load.adapters) - len(shown)
     return Group(head, table, Text(f"and {left} more" if left else "", style="dim"))

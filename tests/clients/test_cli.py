@@ -86,6 +86,17 @@ def test_an_adapter_is_called_as_its_folder(run: Run, server: Served) -> None:
     assert [adapter["name"] for adapter in gone] == [folder.name]
 
 
+def test_pin_unpin_prefetch(run: Run) -> None:
+    assert run("adapters", "prefetch", "poet").stdout == "prefetching poet\n"
+    assert run("adapters", "pin", "poet").stdout == "pinned poet\n"
+    assert "pinned" in run("adapters", "list").stdout
+    half = run("adapters", "unpin", "poet", "nobody", status=1)
+    assert half.stdout == "unpinned poet\n"
+    assert "'nobody' does not exist" in half.stderr
+    unpinned = json.loads(run("adapters", "unpin", "poet", "--json").stdout)
+    assert [(a["name"], a["pinned"]) for a in unpinned] == [("poet", False)]
+
+
 def test_complete(run: Run) -> None:
     options = ["--model", "poet", *GREEDY]
     streamed = run("complete", "abc", *options).stdout
@@ -208,6 +219,7 @@ def test_top_shows_what_runs(run: Run, server: Served) -> None:
         assert look["adapter_hit_rate"] == 1
         assert [row["name"] for row in look["adapters"]] == ["poet"]
         assert look["adapters"][0]["requests_per_s"] > 0
+        assert look["adapters"][0]["output_tokens_per_s"] > 0
     assert "output tokens/s" in shown
     assert "poet" in shown
 
@@ -292,30 +304,10 @@ def stub(answers: dict[str, tuple[int, dict[str, str], Any]]) -> Iterator[str]:
             thread.join()
 
 
-ADAPTER = {"name": "a", "tier": "device", "pinned": True} | {
-    "digest": "d", "method": "LORA", "rank": 1, "num_bytes": 1, "file_bytes": 1,
-    "num_virtual_tokens": 0, "modules": [], "created_at": 0.0, "updated_at": 0.0,
-    "num_requests": 0, "last_used_at": None, "residency": "device", "num_running": 0,
-}  # fmt: skip
-
-
 # TODO(merge): against the real server.
-def test_pin_unpin_prefetch_and_classify() -> None:
+def test_classify() -> None:
     row = {"index": 0, "label": "good", "probs": [0.75, 0.25], "num_classes": 2}
-    answers: dict[str, tuple[int, dict[str, str], Any]] = {
-        "PUT /v1/adapters/a/pin": (200, {}, ADAPTER),
-        "DELETE /v1/adapters/a/pin": (200, {}, ADAPTER | {"pinned": False}),
-        "POST /v1/adapters/a/prefetch": (202, {}, ADAPTER),
-        "POST /v1/classify": (200, {}, {"data": [row]}),
-    }
-    with stub(answers) as url:
-        assert invoke(url, "adapters", "pin", "a").stdout == "pinned a\n"
-        assert invoke(url, "adapters", "unpin", "a").stdout == "unpinned a\n"
-        assert invoke(url, "adapters", "prefetch", "a").stdout == "prefetching a\n"
-        pinned = json.loads(invoke(url, "adapters", "pin", "a", "--json").stdout)
-        assert pinned[0]["pinned"] is True
-        half = invoke(url, "adapters", "pin", "a", "b", status=1)
-        assert half.stdout == "pinned a\n"
+    with stub({"POST /v1/classify": (200, {}, {"data": [row]})}) as url:
         table = invoke(url, "classify", "a fine film", "-m", "a").stdout
         assert table.splitlines()[1].split() == ["good", "0.750", "a", "fine", "film"]
         rows = json.loads(invoke(url, "classify", "-", "-m", "a", "--json", stdin="x\n\n").stdout)

@@ -22,10 +22,13 @@ from clients.errors import (
     ConnectionFailed,
     InvalidInput,
     NotFound,
+    RateLimited,
     TooLarge,
+    Unauthorized,
     Unprocessable,
 )
-from tests.serving import Served
+from clients.results import Reply
+from tests.serving import Served, serve
 
 T = TypeVar("T")
 
@@ -92,6 +95,50 @@ def test_push_takes_the_file_as_adapterhub_names_it(client: Client, server: Serv
     assert client.adapters.push("renamed", folder).status == "created"
     assert client.adapters.push("renamed", weights).status == "unchanged"
     client.adapters.remove("renamed")
+
+
+def test_pin_unpin_prefetch(client: Client, server: Served) -> None:
+    client.adapters.push("new", server.make_adapter("ia3", 4))
+    prefetched = client.adapters.prefetch("new")
+    assert (prefetched.name, prefetched.pinned) == ("new", False)
+    assert client.adapters.pin("new").pinned
+    while client.adapters.get("new").residency != "device":
+        time.sleep(0.01)
+    assert client.adapters.get("new").tier == "device"
+    assert [a.name for a in client.adapters.list() if a.pinned] == ["new"]
+    assert not client.adapters.unpin("new").pinned
+    client.adapters.remove("new")
+    for act in (client.adapters.pin, client.adapters.unpin, client.adapters.prefetch):
+        with pytest.raises(NotFound, match="new"):
+            act("new")
+
+
+def test_a_server_with_keys(tmp_path: Path) -> None:
+    with serve(tmp_path, api_key="secret") as served:
+        with Client(served.url, "secret") as client:
+            assert client.models() == ["tiny"]
+        for key in (None, "wrong"):
+            with Client(served.url, key) as client, pytest.raises(Unauthorized) as refused:
+                client.models()
+            assert refused.value.code == "invalid_api_key"
+            assert refused.value.request_id
+
+
+def test_a_full_queue_is_asked_again(tmp_path: Path) -> None:
+    """Six requests for a server that has room for two at a time: all are answered in the end."""
+
+    async def ask(url: str, retries: Retries) -> list[Reply | BaseException]:
+        async with AsyncClient(url, retries=retries) as client:
+            asked = [client.complete(f"prompt {i}", "tiny", **GREEDY) for i in range(6)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    with serve(tmp_path, max_num_seqs=1, max_waiting=1) as served:
+        once = run(ask(served.url, Retries(max_retries=0)))
+        refused = [error for error in once if isinstance(error, RateLimited)]
+        assert 0 < len(refused) < 6
+        assert all(error.retry_after is not None for error in refused)
+        again = run(ask(served.url, Retries(max_retries=20)))
+        assert all(isinstance(reply, Reply) for reply in again)
 
 
 def test_typed_errors(client: Client, server: Served, tmp_path: Path) -> None:
@@ -187,6 +234,9 @@ def test_the_async_client_answers_the_same(client: Client, server: Served) -> No
             assert max(sent) == (folder / WEIGHTS_NAME).stat().st_size
             assert [a.name for a in await other.adapters.list()] == ["new", "poet"]
             assert (await other.adapters.get("new")).digest == pushed.digest
+            assert (await other.adapters.prefetch("new")).name == "new"
+            assert (await other.adapters.pin("new")).pinned
+            assert not (await other.adapters.unpin("new")).pinned
             assert (await other.adapters.remove("new")).name == "new"
             with pytest.raises(NotFound, match="new"):
                 await other.adapters.get("new")

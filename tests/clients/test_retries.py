@@ -294,13 +294,7 @@ Act = Callable[[Client], Any]
 
 
 # TODO(merge): against the real server, in test_client.py.
-def test_the_contract_of_pins_prefetch_classes_and_embeddings() -> None:
-    adapter = {
-        "name": "a b", "digest": "d", "method": "LORA", "rank": 1, "num_bytes": 1, "file_bytes": 1,
-        "num_virtual_tokens": 0, "modules": [], "created_at": 0.0, "updated_at": 0.0,
-        "num_requests": 0, "last_used_at": None, "residency": "device", "num_running": 0,
-        "tier": "host", "pinned": True,
-    }  # fmt: skip
+def test_the_contract_of_classes_and_embeddings() -> None:
     classes = {
         "id": "c", "object": "list", "created": 1, "model": "m", "usage": {"prompt_tokens": 4},
         "data": [
@@ -313,17 +307,12 @@ def test_the_contract_of_pins_prefetch_classes_and_embeddings() -> None:
         "data": [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}],
     }  # fmt: skip
 
-    def ask(answer: Any, act: Act, status: int = 200) -> tuple[Any, str]:
-        script = Script(httpx.Response(status, json=answer))
+    def ask(answer: Any, act: Act) -> tuple[Any, str]:
+        script = Script(httpx.Response(200, json=answer))
         found = act(script.client())
         request = script.requests[0]
         return found, f"{request.method} {request.url.raw_path.decode()}"
 
-    pinned, line = ask(adapter, lambda client: client.adapters.pin("a b"))
-    assert (pinned.pinned, pinned.tier, line) == (True, "host", "PUT /v1/adapters/a%20b/pin")
-    assert ask(adapter, lambda c: c.adapters.unpin("a b"))[1] == "DELETE /v1/adapters/a%20b/pin"
-    found, line = ask(adapter, lambda c: c.adapters.prefetch("a b"), 202)
-    assert (found.name, line) == ("a b", "POST /v1/adapters/a%20b/prefetch")
     labels, line = ask(classes, lambda c: c.classify(["x", "y"], "m"))
     assert [(c.index, c.label, c.prob) for c in labels] == [(0, "good", 0.8), (1, "bad", 0.9)]
     assert line == "POST /v1/classify"

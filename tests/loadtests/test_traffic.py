@@ -15,6 +15,7 @@ from loadtests.traffic import (
     Prompts,
     Slot,
     choose,
+    clip,
     closed_loop,
     poisson,
     read_trace,
@@ -115,6 +116,11 @@ def test_a_trace_is_read_by_its_clock(tmp_path: Path) -> None:
     )
     assert read_trace(path, 2, 4.0, 1000) == [Slot(0.0, 374, 44), Slot(0.5, 396, 109)]
     assert len(read_trace(path, 9, 1.0, None)) == 4
+
+
+def test_clipped_slots_keep_their_arrivals() -> None:
+    slots = [Slot(0.0, 374, 44), Slot(0.5, 20, 0)]
+    assert clip(slots, 100, 10) == [Slot(0.0, 100, 10), Slot(0.5, 20, 1)]
 
 
 def test_a_trace_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
