@@ -34,6 +34,9 @@ _RETRY_LOADING = 5
 _RETRY_DRAINING = 10
 #: How long requests that were ended may take to tell their clients.
 _SECONDS_TO_TELL = 5
+#: How long a connection may be idle. Longer than clients keep one (httpx and uvicorn: 5), so that
+#: no request is sent into a connection that is just being closed.
+_SECONDS_IDLE = 75
 _POLL_SECONDS = 0.02
 
 
@@ -187,6 +190,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=_SECONDS_TO_TELL,
+            timeout_keep_alive=_SECONDS_IDLE,
         )
         super().__init__(config)
         self._lifecycle: Lifecycle = app.state.lifecycle

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -180,6 +181,13 @@ def test_leaving_a_stream_ends_the_work(client: Client, server: Served) -> None:
             raise KeyError
     assert left_early(server)
     assert client.complete("abc", "poet", **GREEDY).text  # and the client goes on
+
+
+def test_the_server_keeps_a_connection_for_longer_than_its_clients(server: Served) -> None:
+    """Else a request is now and then sent into a connection that the server is closing."""
+    kept = httpx.Limits().keepalive_expiry
+    assert kept is not None
+    assert server.server.config.timeout_keep_alive > 2 * kept
 
 
 def test_nobody_listens() -> None:
