@@ -19,6 +19,8 @@ from clients.client import Client
 from clients.metrics import Snapshot, share
 from clients.results import Adapter
 
+#: Endpoints whose requests are load; those that look, as this command's own, are none.
+_WORK = ("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/embeddings")
 #: Lines of a terminal that the adapters do not get.
 _OTHER_LINES = 6
 
@@ -55,6 +57,7 @@ class Load:
     """Between two samples. Rates a second; what the server does not tell is None.
 
     Attributes:
+        requests_per_s: of generation, classification and embedding.
         kv_use: share of the KV cache's blocks that are held.
         adapter_hit_rate: of the admissions between the two that needed an adapter.
         adapters: the busiest first.
@@ -76,8 +79,8 @@ class Load:
         seconds = after.time - before.time
         now = after.metrics
 
-        def rate(name: str) -> float:
-            return now.growth(before.metrics, name) / seconds
+        def rate(name: str, **labels: str) -> float:
+            return now.growth(before.metrics, name, **labels) / seconds
 
         hits = now.growth(before.metrics, "polypeft_adapter_hits_total")
         loads = now.growth(before.metrics, "polypeft_adapter_loads_total")
@@ -90,18 +93,12 @@ class Load:
                 a.num_running,
                 a.num_requests,
                 max(0, a.num_requests - counts.get(a.digest, 0)) / seconds,
-                now.growth(
-                    before.metrics,
-                    "polypeft_adapter_tokens_total",
-                    adapter=a.name,
-                    kind="generated",
-                )
-                / seconds,
+                rate("polypeft_adapter_tokens_total", adapter=a.name, kind="generated"),
             )
             for a in after.adapters
         ]
         return cls(
-            requests_per_s=rate("polypeft_requests_total"),
+            requests_per_s=sum(rate("polypeft_requests_total", endpoint=path) for path in _WORK),
             prompt_tokens_per_s=rate("polypeft_prompt_tokens_total"),
             output_tokens_per_s=rate("polypeft_generated_tokens_total"),
             num_running=now.get("polypeft_running_sequences"),

@@ -240,16 +240,17 @@ def adapter(name: str, **changes: Any) -> Adapter:
 def test_rates_are_of_the_time_between_two_looks() -> None:
     before = sample(
         10.0,
-        'polypeft_requests_total{endpoint="/a",status="200"} 5\n'
-        'polypeft_requests_total{endpoint="/b",status="429"} 1\n'
+        'polypeft_requests_total{endpoint="/v1/completions",status="200"} 5\n'
+        'polypeft_requests_total{endpoint="/v1/classify",status="429"} 1\n'
         "polypeft_generated_tokens_total 1000\npolypeft_adapter_hits_total 7\n",
         adapter("a", num_requests=3),
         adapter("b", num_requests=8),
     )
     after = sample(
         12.0,
-        'polypeft_requests_total{endpoint="/a",status="200"} 9\n'
-        'polypeft_requests_total{endpoint="/b",status="429"} 3\n'
+        'polypeft_requests_total{endpoint="/v1/completions",status="200"} 9\n'
+        'polypeft_requests_total{endpoint="/v1/classify",status="429"} 3\n'
+        'polypeft_requests_total{endpoint="/metrics",status="200"} 99\n'
         "polypeft_generated_tokens_total 40\n"  # the server started anew
         "polypeft_adapter_hits_total 10\npolypeft_adapter_loads_total 1\n"
         "polypeft_kv_blocks 8\npolypeft_kv_blocks_used 2\n"
