@@ -51,7 +51,7 @@ _KEPT_UPLOADS = 2
 #: Tokens of a turn that are not its text, at most; a chat template's.
 _TURN_TOKENS = 24
 
-_numbers: dict[str, Iterator[int]] = {}
+_numbers = itertools.count()
 
 
 class _Outcomes:
@@ -72,16 +72,15 @@ events.quit.add_listener(_outcomes.close)
 
 
 class ApiUser(FastHttpUser):
-    """Sends requests and tells of their outcomes. Numbered within its class, with its own draws."""
+    """Sends requests and tells of their outcomes. Numbered, each with its own draws."""
 
     abstract = True
     network_timeout = 600.0
     default_headers = {"Authorization": f"Bearer {_KEY}"} if _KEY else None
 
     def on_start(self) -> None:
-        kind = type(self).__name__
-        self.number = next(_numbers.setdefault(kind, itertools.count()))
-        self.rng = random.Random(f"{_LOAD.seed} {kind} {self.number}")
+        self.number = next(_numbers)
+        self.rng = random.Random(f"{_LOAD.seed} {self.number}")
         self._models = self._draw_models()
 
     def wait_time(self) -> float:
