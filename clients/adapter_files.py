@@ -23,6 +23,8 @@ CONFIG_NAME = "adapter_config.json"
 #: As PEFT names the weights, and as AdapterHub does.
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter.safetensors")
 WEIGHTS_NAME = WEIGHTS_NAMES[0]
+#: Of the model that a classifier was trained in, whose id2label says what its classes are called.
+MODEL_CONFIG_NAME = "config.json"
 #: As PEFT names them where it is told to pickle.
 PICKLED_NAMES = ("adapter_model.bin", "pytorch_adapter.bin")
 
@@ -37,11 +39,13 @@ class AdapterFiles:
     Attributes:
         weights: a path as long as the files are open.
         weights_name: what the weights are called.
+        model_config: the trained model's config.json, where it lies beside them.
     """
 
     config: bytes
     weights: Path
     weights_name: str
+    model_config: bytes | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +55,7 @@ class AdapterFiles:
 
 @contextmanager
 def open_adapter(path: Path) -> Iterator[AdapterFiles]:
-    """The two files of a folder, of a zip of one, or of weights with their config beside them.
+    """The files of a folder, of a zip of one, or of weights with their config beside them.
 
     Raises InvalidInput: one of the two is missing, or is not what its name says.
     """
@@ -60,7 +64,7 @@ def open_adapter(path: Path) -> Iterator[AdapterFiles]:
     elif not path.is_file():
         raise InvalidInput(f"{path}: no such file or folder")
     elif path.suffix == ".safetensors":
-        files = AdapterFiles(_read(path.parent / CONFIG_NAME), path, path.name)
+        files = _beside(path)
     elif zipfile.is_zipfile(path) and path.suffix == ".zip":
         with _unzipped(path) as files:
             _check(files, path)
@@ -78,8 +82,18 @@ def open_adapter(path: Path) -> Iterator[AdapterFiles]:
 def _in_folder(folder: Path) -> AdapterFiles:
     for name in WEIGHTS_NAMES:
         if (folder / name).is_file():
-            return AdapterFiles(_read(folder / CONFIG_NAME), folder / name, name)
+            return _beside(folder / name)
     raise InvalidInput(_no_weights(str(folder), {p.name for p in folder.iterdir()}))
+
+
+def _beside(weights: Path) -> AdapterFiles:
+    model_config = weights.parent / MODEL_CONFIG_NAME
+    return AdapterFiles(
+        _read(weights.parent / CONFIG_NAME),
+        weights,
+        weights.name,
+        model_config.read_bytes() if model_config.is_file() else None,
+    )
 
 
 def _no_weights(where: str, names: set[str]) -> str:
@@ -118,11 +132,14 @@ def _unzipped(path: Path) -> Iterator[AdapterFiles]:
         weights = Path(scratch) / name
         try:
             config = archive.read(names[CONFIG_NAME])
+            model_config = (
+                archive.read(names[MODEL_CONFIG_NAME]) if MODEL_CONFIG_NAME in names else None
+            )
             with archive.open(names[name]) as packed, weights.open("wb") as file:
                 shutil.copyfileobj(packed, file)
         except (zipfile.BadZipFile, RuntimeError) as exc:  # damaged, or under a password
             raise InvalidInput(f"{path}: {exc}") from None
-        yield AdapterFiles(config, weights, name)
+        yield AdapterFiles(config, weights, name, model_config)
 
 
 def _check(files: AdapterFiles, path: Path) -> None:
@@ -187,6 +204,7 @@ class Watched:
 
 __all__ = [
     "CONFIG_NAME",
+    "MODEL_CONFIG_NAME",
     "WEIGHTS_NAME",
     "AdapterFiles",
     "Watched",

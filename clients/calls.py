@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import httpx
 
-from clients.adapter_files import CONFIG_NAME, AdapterFiles, Watched
+from clients.adapter_files import CONFIG_NAME, MODEL_CONFIG_NAME, AdapterFiles, Watched
 from clients.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -196,10 +196,12 @@ def push_adapter(
     """The call, as long as the weights are open; they are read anew each time it is built."""
     with files.weights.open("rb") as file:
         weights = file if on_progress is None else Watched(file, on_progress)
-        parts = {
+        parts: dict[str, tuple[str, Any]] = {
             "config": (CONFIG_NAME, files.config),
             "weights": (files.weights_name, weights),
         }
+        if files.model_config is not None:
+            parts["id2label"] = (MODEL_CONFIG_NAME, files.model_config)
         yield Call(
             "POST", "/v1/adapters", Adapter.of, options={"data": {"name": name}, "files": parts}
         )

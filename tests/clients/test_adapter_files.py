@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clients.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from clients.adapter_files import CONFIG_NAME, MODEL_CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from clients.calls import push_adapter
 from clients.errors import InvalidInput
 
 
@@ -40,6 +41,18 @@ def test_a_folder_a_zip_and_a_file_are_the_same(folder: Path, inside: str) -> No
             found.append((files.config, files.weights.read_bytes(), files.weights_name))
     assert found == [found[0]] * 3
     assert found[0][1] == (folder / WEIGHTS_NAME).read_bytes()
+
+
+def test_what_classes_are_called_comes_along(folder: Path) -> None:
+    (folder / MODEL_CONFIG_NAME).write_text('{"id2label": {"0": "no", "1": "yes"}}')
+    for path in (folder, folder / WEIGHTS_NAME, zipped(folder, "inside/")):
+        with (
+            open_adapter(path) as files,
+            push_adapter("judge", files, None) as call,
+        ):
+            name, sent = call.options["files"]["id2label"]
+        assert name == MODEL_CONFIG_NAME
+        assert json.loads(sent)["id2label"]["1"] == "yes"
 
 
 def refused(path: Path) -> str:
