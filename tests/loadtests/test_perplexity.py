@@ -62,7 +62,7 @@ def test_forms_of_some_weights(model_folder: Path, tmp_path: Path) -> None:
     flags = ["--data", str(data), "--model", str(model_folder), "--json", str(out)]
     perplexity.main([*flags, "--weights", "nf4"])
     weights = [form["quantization"] for form in json.loads(out.read_text())["forms"]]
-    assert weights == ["none", "nf4", "nf4", "nf4"]
+    assert weights == ["none", *["nf4"] * 4]
 
 
 def test_texts_are_put_together_up_to_the_tokens_of_a_pass() -> None:
