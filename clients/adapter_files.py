@@ -20,11 +20,11 @@ from typing import IO
 from clients.errors import InvalidInput
 
 CONFIG_NAME = "adapter_config.json"
+#: The trained model's own config, whose id2label says what a classifier's classes are called.
+MODEL_CONFIG_NAME = "config.json"
 #: As PEFT names the weights, and as AdapterHub does.
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter.safetensors")
 WEIGHTS_NAME = WEIGHTS_NAMES[0]
-#: Of the model that a classifier was trained in, whose id2label says what its classes are called.
-MODEL_CONFIG_NAME = "config.json"
 #: As PEFT names them where it is told to pickle.
 PICKLED_NAMES = ("adapter_model.bin", "pytorch_adapter.bin")
 
@@ -39,7 +39,7 @@ class AdapterFiles:
     Attributes:
         weights: a path as long as the files are open.
         weights_name: what the weights are called.
-        model_config: the trained model's config.json, where it lies beside them.
+        model_config: the config.json beside them, or None.
     """
 
     config: bytes
@@ -87,12 +87,12 @@ def _in_folder(folder: Path) -> AdapterFiles:
 
 
 def _beside(weights: Path) -> AdapterFiles:
-    model_config = weights.parent / MODEL_CONFIG_NAME
+    labels = weights.parent / MODEL_CONFIG_NAME
     return AdapterFiles(
         _read(weights.parent / CONFIG_NAME),
         weights,
         weights.name,
-        model_config.read_bytes() if model_config.is_file() else None,
+        labels.read_bytes() if labels.is_file() else None,
     )
 
 
@@ -132,14 +132,12 @@ def _unzipped(path: Path) -> Iterator[AdapterFiles]:
         weights = Path(scratch) / name
         try:
             config = archive.read(names[CONFIG_NAME])
-            model_config = (
-                archive.read(names[MODEL_CONFIG_NAME]) if MODEL_CONFIG_NAME in names else None
-            )
+            labels = archive.read(names[MODEL_CONFIG_NAME]) if MODEL_CONFIG_NAME in names else None
             with archive.open(names[name]) as packed, weights.open("wb") as file:
                 shutil.copyfileobj(packed, file)
         except (zipfile.BadZipFile, RuntimeError) as exc:  # damaged, or under a password
             raise InvalidInput(f"{path}: {exc}") from None
-        yield AdapterFiles(config, weights, name, model_config)
+        yield AdapterFiles(config, weights, name, labels)
 
 
 def _check(files: AdapterFiles, path: Path) -> None:

@@ -144,8 +144,10 @@ def _chat(body: Mapping[str, Any]) -> Reply:
 # -- classifiers and encoders ----------------------------------------------------------------------
 
 
-def classify(texts: Sequence[str], model: str) -> Call[list[Classification]]:
-    body = {"model": model, "input": list(texts)}
+def classify(
+    texts: Sequence[str], model: str, options: Mapping[str, Any]
+) -> Call[list[Classification]]:
+    body = {"model": model, "input": list(texts), **options}
     return Call("POST", "/v1/classify", _classifications, body)
 
 
@@ -154,6 +156,9 @@ def _classifications(body: Mapping[str, Any]) -> list[Classification]:
 
 
 def embed(texts: Sequence[str], model: str, options: Mapping[str, Any]) -> Call[Embeddings]:
+    """Raises InvalidInput for vectors in another form than numbers."""
+    if options.get("encoding_format", "float") != "float":
+        raise InvalidInput("encoding_format: vectors are read as float here; leave it out")
     body = {"model": model, "input": list(texts), **options}
     return Call("POST", "/v1/embeddings", Embeddings.of, body)
 
@@ -196,7 +201,7 @@ def push_adapter(
     """The call, as long as the weights are open; they are read anew each time it is built."""
     with files.weights.open("rb") as file:
         weights = file if on_progress is None else Watched(file, on_progress)
-        parts: dict[str, tuple[str, Any]] = {
+        parts: dict[str, Any] = {
             "config": (CONFIG_NAME, files.config),
             "weights": (files.weights_name, weights),
         }

@@ -191,9 +191,9 @@ class Client:
         with self._open(calls.streamed(call)) as stream:
             yield stream
 
-    def classify(self, texts: Sequence[str], model: str | None = None) -> list[Classification]:
-        """Each text's class, by a classifier: an adapter, or the base where none is named."""
-        return self._send(calls.classify(texts, model or self.base_model()))
+    def classify(self, texts: Sequence[str], model: str, **options: Any) -> list[Classification]:
+        """Each text's class, or its tokens' classes, by an adapter that classifies."""
+        return self._send(calls.classify(texts, model, options))
 
     def embed(self, texts: Sequence[str], model: str | None = None, **options: Any) -> Embeddings:
         """Each text's vector."""
@@ -238,7 +238,8 @@ class Adapters:
         Args:
             name: what requests will call it.
             path: a folder with adapter_config.json and the weights, a zip of it, or the weights
-                with their config beside them.
+                with their config beside them; and perhaps the trained model's config.json, whose
+                id2label says what a classifier's classes are called.
             on_progress: called with the bytes of the weights that were read to be sent, so far.
 
         Raises:
@@ -342,9 +343,9 @@ class AsyncClient:
             yield stream
 
     async def classify(
-        self, texts: Sequence[str], model: str | None = None
+        self, texts: Sequence[str], model: str, **options: Any
     ) -> list[Classification]:
-        return await self._send(calls.classify(texts, model or await self.base_model()))
+        return await self._send(calls.classify(texts, model, options))
 
     async def embed(
         self, texts: Sequence[str], model: str | None = None, **options: Any

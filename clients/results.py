@@ -77,27 +77,42 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class ClassifiedToken:
+    """A token's class; `start` and `end` count the text's characters."""
+
+    token: str
+    start: int | None
+    end: int | None
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Classification:
-    """One text's class.
+    """One text's class, or its tokens' classes.
 
     Attributes:
-        index: which of the texts. label: the likeliest class.
-        probs: of every class, in the model's order.
+        index: which of the texts.
+        label, probs: the likeliest class, and the probability of every one in the model's order;
+            None from an adapter that classifies tokens.
+        tokens: from such an adapter alone.
     """
 
     index: int
-    label: str
-    probs: Sequence[float]
     num_classes: int
-
-    @property
-    def prob(self) -> float:
-        """Of the label."""
-        return max(self.probs)
+    label: str | None = None
+    probs: Sequence[float] | None = None
+    tokens: Sequence[ClassifiedToken] | None = None
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Classification:
-        return cls(**{f.name: body[f.name] for f in fields(cls)})
+        known = {f.name: body[f.name] for f in fields(cls) if f.name in body}
+        if known.get("tokens") is not None:
+            known["tokens"] = [
+                ClassifiedToken(**{f.name: token[f.name] for f in fields(ClassifiedToken)})
+                for token in known["tokens"]
+            ]
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -115,4 +130,4 @@ class Embeddings:
         return cls([row["embedding"] for row in rows], body["model"], usage.get("prompt_tokens", 0))
 
 
-__all__ = ["Adapter", "Classification", "Embeddings", "Reply"]
+__all__ = ["Adapter", "Classification", "ClassifiedToken", "Embeddings", "Reply"]

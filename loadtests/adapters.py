@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from peftcore import (
     AdapterConfig,
@@ -22,11 +26,15 @@ from peftcore.parts import Parts
 
 METHODS = ("lora", "dora", "ia3", "prefix", "prompt")
 
+#: Not one of them, since it generates nothing: a LoRA with a head of NUM_LABELS classes.
+CLASSIFIER = "classifier"
+NUM_LABELS = 3
+
 #: Of prefix and prompt tuning.
 NUM_VIRTUAL_TOKENS = 16
 
 #: Standard deviation of the tensors whose key ends so; A's is that of its input's width.
-_STD = {"lora_B.weight": 0.01, "ia3_l": 0.05, "prompt_embeddings": 0.05}
+_STD = {"lora_B.weight": 0.01, "ia3_l": 0.05, "prompt_embeddings": 0.05, "score.weight": 0.05}
 
 
 class RandomAdapter:
@@ -37,10 +45,11 @@ class RandomAdapter:
         Args:
             model_folder: what holds the model's config.json; its weights are read for DoRA only,
                 whose magnitudes are norms of the base's rows.
-            method: one of METHODS. LoRA and DoRA are on all linear layers, IA³ on its defaults.
+            method: one of METHODS, or CLASSIFIER. LoRA and DoRA are on all linear layers, IA³ on
+                its defaults.
             rank: of every module of LoRA and DoRA. seed: of the weights.
         """
-        base = _base(model_folder, with_weights=method == "dora")
+        base = _base(model_folder, method)
         self.config = _config(method, rank).completed(base)
         with torch.device("cpu" if method == "dora" else "meta"):
             parts = self.config.build(base)
@@ -88,11 +97,14 @@ def make_lora(model_folder: Path, folder: Path, *, rank: int, seed: int) -> Path
     return RandomAdapter(model_folder, "lora", rank=rank, seed=seed).write(folder)
 
 
-def _base(model_folder: Path, *, with_weights: bool) -> BaseModel:
-    if with_weights:
+def _base(model_folder: Path, method: str) -> BaseModel:
+    if method == "dora":
         return BaseModel.from_model(AutoModelForCausalLM.from_pretrained(model_folder))
     config = AutoConfig.from_pretrained(model_folder)
     with torch.device("meta"):
+        if method == CLASSIFIER:
+            config.num_labels = NUM_LABELS
+            return BaseModel.from_model(AutoModelForSequenceClassification.from_config(config))
         return BaseModel.from_model(AutoModelForCausalLM.from_config(config))
 
 
@@ -103,6 +115,11 @@ def _config(method: str, rank: int) -> AdapterConfig:
             return LoraConfig(
                 r=rank, lora_alpha=rank, target_modules="all-linear", use_dora=method == "dora",
                 task_type=task, inference_mode=True,
+            )  # fmt: skip
+        case "classifier":
+            return LoraConfig(
+                r=rank, lora_alpha=rank, target_modules="all-linear", modules_to_save=["score"],
+                task_type="SEQ_CLS", inference_mode=True,
             )  # fmt: skip
         case "ia3":
             return IA3Config(task_type=task, inference_mode=True)

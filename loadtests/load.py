@@ -14,8 +14,8 @@ from typing import Any
 from loadtests.phase import Outcome
 from loadtests.traffic import Slot
 
-#: Users whose requests generate text, or classes: what is measured.
-MEASURED = ("Chat", "Completion", "Classify", "Replay")
+#: Users whose requests generate text.
+GENERATING = ("Chat", "Completion", "Replay")
 #: Users who change the server under the others' feet, one of each.
 BACKGROUND = ("Uploader", "Flipper")
 

@@ -50,7 +50,7 @@ from transformers import AutoTokenizer
 
 from clients.client import Client
 from clients.errors import ClientError, NotFound
-from loadtests.adapters import NUM_VIRTUAL_TOKENS, RandomAdapters
+from loadtests.adapters import CLASSIFIER, NUM_VIRTUAL_TOKENS, RandomAdapters
 from loadtests.load import Load
 from loadtests.local_server import local_server
 from loadtests.monitor import Look, Monitor
@@ -66,6 +66,8 @@ _WORDS = Path(__file__).parent / "words.txt"
 
 #: Of a server that does not tell its longest context, in tokens.
 _USUAL_LEN = 2048
+#: Of our own, where classes are asked for.
+_NUM_CLASSIFIERS = 4
 #: Folders that uploads take turns with.
 _NUM_UPLOADS = 6
 #: Names that are flipped, the most popular ones, and the weights that each takes turns with.
@@ -105,6 +107,10 @@ def prepared(args: argparse.Namespace, model_folder: Path, url: str) -> Iterator
     names = adapter_names(args.adapters)
     adapters = RandomAdapters(model_folder, args.methods, rank=args.rank)
     register(url, adapters, names)
+    classifiers: list[str] = args.classifiers
+    if args.mix.get("classify") and not classifiers:
+        classifiers = [f"classifier-{i}" for i in range(_NUM_CLASSIFIERS)]
+        register(url, RandomAdapters(model_folder, [CLASSIFIER], rank=args.rank), classifiers)
     numbers = iter(range(args.adapters, args.adapters + 100))
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -118,7 +124,7 @@ def prepared(args: argparse.Namespace, model_folder: Path, url: str) -> Iterator
                 popularity="",
                 outcomes="",
                 zipf_s=args.zipf_s,
-                classifiers=args.classifiers,
+                classifiers=classifiers,
                 prompt_tokens=args.prompt_tokens,
                 output_tokens=args.output_tokens,
                 prompt_words=_words_of(model_folder, args.prompt_tokens),
@@ -133,7 +139,7 @@ def prepared(args: argparse.Namespace, model_folder: Path, url: str) -> Iterator
             )
         finally:
             if args.url:
-                _remove(url, names)
+                _remove(url, [*names, *(c for c in classifiers if c not in args.classifiers)])
 
 
 def _words_of(model_folder: Path, num_tokens: int) -> int:

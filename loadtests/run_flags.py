@@ -144,16 +144,16 @@ def _load_flags(group: Any) -> None:
     group.add_argument(
         "--mix",
         type=mix,
-        default={"chat": 1, "completion": 1},
+        default={"chat": 2, "completion": 2, "classify": 1},
         metavar="NAME=WEIGHT,…",
-        help=f"users of {', '.join(CLASSES)}; default chat=1,completion=1",
+        help=f"users of {', '.join(CLASSES)}; default chat=2,completion=2,classify=1",
     )
     group.add_argument(
         "--classifiers",
         type=names,
         default=[],
         metavar="A,B,C",
-        help="names of classifiers that the server has; for classify",
+        help="the server's adapters to classify by; by default four are uploaded",
     )
     group.add_argument(
         "--duration",
@@ -247,8 +247,8 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     made = parser(description)
     args = made.parse_args(argv)
     args.given = list(sys.argv[1:] if argv is None else argv)
-    if bool(args.mix.get("classify")) != bool(args.classifiers):
-        made.error("--classifiers: goes with a weight of classify in --mix, and not without")
+    if args.classifiers and not args.mix.get("classify"):
+        made.error("--classifiers: needs a weight of classify in --mix")
     if args.url:
         for flag in ("quantization", "adapter_memory", "server_flag"):
             if getattr(args, flag):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loadtests.figures import figures
-from loadtests.load import BACKGROUND, MEASURED, Load, Told, read_outcomes
+from loadtests.figures import figures, percentiles
+from loadtests.load import BACKGROUND, GENERATING, Load, Told, read_outcomes
 from loadtests.monitor import Monitor, cache_figures, memory_growth
 from loadtests.phase import Outcome, Phase
 
@@ -37,8 +37,8 @@ class Step:
     """
     Attributes:
         kind: what it is a point of.
-        num_users: of the measured classes together.
-        weights: of those classes, by name.
+        num_users: who are not in the background.
+        weights: of their classes, by name.
         seconds: of load; of a replay the most.
         background: whether an uploader and a flipper work beside the others.
     """
@@ -122,7 +122,7 @@ def _locust(step: Step, url: str, load_path: Path, out: Path) -> None:
 
 
 def summarize(told: Sequence[Told], seconds: float | None, warm_up: float) -> dict[str, Any]:
-    """What requests come to.
+    """What requests come to: figures of those that generate, how long classes take, and counts.
 
     Args:
         seconds: of a closed loop, whose last requests run on after it; None counts all to the end.
@@ -133,9 +133,11 @@ def summarize(told: Sequence[Told], seconds: float | None, warm_up: float) -> di
         counts[t.user][t.outcome.status] += 1
     failures = Counter(t.outcome.status for t in told if t.outcome.status not in ("ok", REFUSED))
     messages = {t.outcome.message[:200] for t in told if t.outcome.status not in ("ok", REFUSED)}
-    outcomes = [t.outcome for t in told if t.user in MEASURED]
+    outcomes = [t.outcome for t in told if t.user in GENERATING]
+    classes = [t.outcome for t in told if t.user == "Classify" and t.outcome.status == "ok"]
     return {
         **(measured(outcomes, seconds, warm_up) if outcomes else {}),
+        **percentiles("classify", [o.end - o.due for o in classes]),
         "num_requests": len(told),
         "num_refused": sum(t.outcome.status == REFUSED for t in told),
         "num_failures": failures.total(),

@@ -112,10 +112,12 @@ def classify(
     texts: Annotated[
         list[str], typer.Argument(help="Texts; a single '-' reads one a line from stdin.")
     ],
-    model: Model = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The name of an adapter that classifies.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Tell the class of texts, by a classifier: an adapter or a base model with such a head."""
+    """Tell the class of texts, or of their tokens, by an adapter that was trained to."""
     client: Client = context.obj
     if texts == ["-"]:
         texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
@@ -128,7 +130,13 @@ def classify(
     for column in ("LABEL", "PROB", "TEXT"):
         table.add_column(column, no_wrap=column != "TEXT")
     for c in found:
-        table.add_row(escape(c.label), f"{c.prob:.3f}", escape(texts[c.index]))
+        if c.tokens is not None:
+            for token in c.tokens:
+                table.add_row(escape(token.label), f"{token.score:.3f}", escape(token.token))
+        else:
+            prob = max(c.probs) if c.probs else None
+            shown = "-" if prob is None else f"{prob:.3f}"
+            table.add_row(escape(c.label or "-"), shown, escape(texts[c.index]))
     out.print(table)
 
 

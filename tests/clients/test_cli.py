@@ -23,6 +23,7 @@ from clients.cli.adapters import where
 from clients.cli.top import Load, Sample, render
 from clients.metrics import Snapshot
 from clients.results import Adapter
+from tests.clients.conftest import LABELS, classifiers
 from tests.serving import CONFIG, WEIGHTS, Served
 
 Run = Callable[..., Result]
@@ -193,6 +194,25 @@ def test_errors_are_one_line(run: Run, server: Served, tmp_path: Path) -> None:
     assert "http://HOST:PORT" in line("--url", "127.0.0.1", "adapters", "list")
 
 
+def test_classify(run: Run, server: Served) -> None:
+    folders = classifiers(server)
+    for name, folder in folders.items():
+        run("adapters", "push", str(folder), "--name", name)
+    texts = ["a fine film", "[b]dull[/b]"]
+    rows = json.loads(run("classify", *texts, "-m", "mood", "--json").stdout)
+    assert [row["text"] for row in rows] == texts
+    lines = run("classify", "-", "-m", "mood", stdin="\n".join(texts)).stdout.splitlines()
+    assert lines[0].split() == ["LABEL", "PROB", "TEXT"]
+    for line, row, text in zip(lines[1:], rows, texts, strict=True):
+        assert line.split(maxsplit=2) == [row["label"], f"{max(row['probs']):.3f}", text]
+        assert row["label"] in LABELS
+    tokens = run("classify", "abc", "-m", "names").stdout.splitlines()
+    assert [line.split()[-1] for line in tokens[1:]] == ["a", "b", "c"]
+    assert "poet" in run("classify", "abc", "-m", "poet", status=1).stderr
+    run("classify", "abc", status=2)  # no model
+    run("adapters", "rm", *folders)
+
+
 # -- top -------------------------------------------------------------------------------------------
 
 
@@ -272,7 +292,7 @@ def test_rates_are_of_the_time_between_two_looks() -> None:
     assert "and 2 more" in str(render(load, 1).renderables[2])
 
 
-# -- what the server of this tree does not have yet ------------------------------------------------
+# -- refusals that are hard to bring about ---------------------------------------------------------
 
 
 @contextmanager
@@ -303,16 +323,6 @@ def stub(answers: dict[str, tuple[int, dict[str, str], Any]]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
-
-
-# TODO(merge): against the real server.
-def test_classify() -> None:
-    row = {"index": 0, "label": "good", "probs": [0.75, 0.25], "num_classes": 2}
-    with stub({"POST /v1/classify": (200, {}, {"data": [row]})}) as url:
-        table = invoke(url, "classify", "a fine film", "-m", "a").stdout
-        assert table.splitlines()[1].split() == ["good", "0.750", "a", "fine", "film"]
-        rows = json.loads(invoke(url, "classify", "-", "-m", "a", "--json", stdin="x\n\n").stdout)
-        assert rows == [row | {"text": "x"}]
 
 
 def test_errors_say_what_to_do() -> None:

@@ -29,6 +29,9 @@ from clients.errors import (
     Unprocessable,
 )
 from clients.results import Reply
+from tests import tiny
+from tests.clients.conftest import LABELS, classifiers
+from tests.server.engine.test_fleet import peft_logits
 from tests.serving import Served, serve
 
 T = TypeVar("T")
@@ -162,6 +165,46 @@ def test_typed_errors(client: Client, server: Served, tmp_path: Path) -> None:
         client.adapters.push("bad", tmp_path)
     with pytest.raises(NotFound):
         client.adapters.get("../../health")
+
+
+def test_classify_and_embed(client: Client, server: Served) -> None:
+    """As peft has it, whose logits and hidden states are softmaxed and averaged here."""
+    folders = classifiers(server)
+    for name, folder in folders.items():
+        client.adapters.push(name, folder)
+    ids = server.runtime.tokenizer.encode("abcd")
+    logits = peft_logits(tiny.for_task(server.model, "SEQ_CLS", 3), folders["mood"], ids)[0]
+    found = client.classify(["xy", "abcd"], "mood")
+    assert [c.index for c in found] == [0, 1]
+    assert found[1].probs == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
+    assert found[1].label == LABELS[int(logits.argmax())]
+    assert (found[1].num_classes, found[1].tokens) == (3, None)
+    (tokens,) = client.classify(["abc"], "names")
+    assert tokens.tokens is not None
+    assert [(t.token, t.start, t.end) for t in tokens.tokens] == [
+        *(("a", 0, 1), ("b", 1, 2), ("c", 2, 3))
+    ]
+    assert (tokens.label, tokens.probs, tokens.num_classes) == (None, None, 4)
+    with pytest.raises(BadRequest, match="has no classes"):
+        client.classify(["abc"], "poet")
+
+    made = client.embed(["abcd", "x"], pooling="mean", normalize=False)
+    with torch.inference_mode():
+        hidden = server.model.base_model(torch.tensor([ids])).last_hidden_state[0]
+    assert made.vectors[0] == pytest.approx(hidden.mean(0).tolist(), abs=1e-4)
+    assert (len(made.vectors), made.num_prompt_tokens, made.model) == (2, 5, "tiny")
+    with pytest.raises(InvalidInput, match="encoding_format"):
+        client.embed(["x"], encoding_format="base64")
+
+    async def work() -> None:
+        async with AsyncClient(server.url) as other:
+            assert await other.classify(["xy", "abcd"], "mood") == found
+            again = await other.embed(["abcd", "x"], pooling="mean", normalize=False)
+            assert again == made
+
+    run(work())
+    for name in folders:
+        client.adapters.remove(name)
 
 
 def left_early(server: Served) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -286,36 +286,3 @@ def test_a_connection_error_names_the_server() -> None:
     script = Script(httpx.ConnectError("refused"))
     with pytest.raises(ConnectionFailed, match=r"http://server.*refused"):
         script.client().models()
-
-
-# -- endpoints that the server of this tree does not have yet --------------------------------------
-
-Act = Callable[[Client], Any]
-
-
-# TODO(merge): against the real server, in test_client.py.
-def test_the_contract_of_classes_and_embeddings() -> None:
-    classes = {
-        "id": "c", "object": "list", "created": 1, "model": "m", "usage": {"prompt_tokens": 4},
-        "data": [
-            {"index": 1, "label": "bad", "probs": [0.1, 0.9], "num_classes": 2},
-            {"index": 0, "label": "good", "probs": [0.8, 0.2], "num_classes": 2},
-        ],
-    }  # fmt: skip
-    vectors = {
-        "object": "list", "model": "m", "usage": {"prompt_tokens": 4, "total_tokens": 4},
-        "data": [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}],
-    }  # fmt: skip
-
-    def ask(answer: Any, act: Act) -> tuple[Any, str]:
-        script = Script(httpx.Response(200, json=answer))
-        found = act(script.client())
-        request = script.requests[0]
-        return found, f"{request.method} {request.url.raw_path.decode()}"
-
-    labels, line = ask(classes, lambda c: c.classify(["x", "y"], "m"))
-    assert [(c.index, c.label, c.prob) for c in labels] == [(0, "good", 0.8), (1, "bad", 0.9)]
-    assert line == "POST /v1/classify"
-    made, line = ask(vectors, lambda c: c.embed(["x"], "m"))
-    assert (made.vectors, made.num_prompt_tokens) == ([[0.6, 0.8]], 4)
-    assert line == "POST /v1/embeddings"

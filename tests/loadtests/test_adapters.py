@@ -12,12 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loadtests.adapters import METHODS, RandomAdapter, RandomAdapters, make_lora
+from loadtests.adapters import (
+    CLASSIFIER,
+    METHODS,
+    NUM_LABELS,
+    RandomAdapter,
+    RandomAdapters,
+    make_lora,
+)
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from tests import tiny
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, CLASSIFIER])
 def test_peft_finds_every_tensor(method: str, model_folder: Path, tmp_path: Path) -> None:
     adapter = RandomAdapter(model_folder, method, rank=3)
     assert adapter.write(tmp_path) == tmp_path
@@ -26,7 +33,10 @@ def test_peft_finds_every_tensor(method: str, model_folder: Path, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(tmp_path)
-        model = peft.get_peft_model(tiny.llama(), config)
+        base = tiny.llama()
+        if method == CLASSIFIER:
+            base = tiny.for_task(base, "SEQ_CLS", NUM_LABELS)
+        model = peft.get_peft_model(base, config)
         expected = peft.get_peft_model_state_dict(model)
     assert {k: t.shape for k, t in tensors.items()} == {k: t.shape for k, t in expected.items()}
 

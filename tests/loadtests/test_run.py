@@ -40,7 +40,7 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
     """Loads, a popularity and a trace, beside uploads and flips; locust's own counts agree."""
     out = tmp_path / "out"
     server = ["--model", str(model_folder), "--server-flag=--kv-memory=2MiB"]
-    steps = ["--users", "1,2", "--popularities", "zipf,distinct", "--duration", "1.5"]
+    steps = ["--users", "1,3", "--popularities", "zipf,distinct", "--duration", "1.5"]
     trace = ["--trace", "sample", "--trace-requests", "8", "--trace-speed", "20"]
     lengths = ["--max-prompt-tokens", "20", "--max-output-tokens", "5"]
     memory = ["--adapter-memory", "24KiB", "--max-memory-growth", "1000"]
@@ -50,8 +50,8 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
     found = {step["name"]: step for step in summary["steps"]}
     assert list(found) == [
         "load, zipf, 1 users",
-        "load, zipf, 2 users",
-        "popularity, distinct, 2 users",
+        "load, zipf, 3 users",
+        "popularity, distinct, 3 users",
         "trace, zipf",
     ]
     for step in found.values():
@@ -60,14 +60,15 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
         assert 0 < step["ttft_p50_s"] <= step["e2e_p50_s"]
         assert 0 <= step["adapter_hit_rate"] <= 1
     assert found["load, zipf, 1 users"]["adapter_evictions"] > 0
-    both = found["load, zipf, 2 users"]["by_user"]
-    assert {"Chat", "Completion", "Uploader", "Flipper"} == set(both)
+    both = found["load, zipf, 3 users"]["by_user"]
+    assert {"Chat", "Completion", "Classify", "Uploader", "Flipper"} == set(both)
+    assert found["load, zipf, 3 users"]["classify_p50_s"] > 0
     assert both["Flipper"]["ok"] >= 3
     assert found["trace, zipf"]["by_user"]["Replay"] == {"ok": 8}
     assert found["trace, zipf"]["end_s"] - found["trace, zipf"]["start_s"] < 30
 
-    locust = locusts_count(out / "locust" / "load-zipf-2-users.json")
-    told = list(read_outcomes(out / "locust" / "load-zipf-2-users.jsonl"))
+    locust = locusts_count(out / "locust" / "load-zipf-3-users.json")
+    told = list(read_outcomes(out / "locust" / "load-zipf-3-users.jsonl"))
     chats = [t.outcome for t in told if t.user == "Chat" and t.outcome.times]
     ttfts = [outcome.times[0] - outcome.due for outcome in chats]
     row = locust["TTFT", "/v1/chat/completions"]
@@ -76,7 +77,7 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
     completions = [t.outcome.times for t in told if t.user in ("Completion", "Uploader")]
     gaps = sum(max(0, len(times) - 1) for times in completions)
     assert locust["ITL", "/v1/completions"]["num_requests"] == gaps
-    assert (out / "locust" / "load-zipf-2-users.html").is_file()
+    assert (out / "locust" / "load-zipf-3-users.html").is_file()
 
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(PLOTS)
@@ -109,7 +110,7 @@ def test_a_broken_threshold_fails_the_run(
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["passed"]
     assert "failed" in (out / "report.html").read_text()
-    assert set(summary["steps"][0]["by_user"]) <= {"Chat", "Completion"}
+    assert set(summary["steps"][0]["by_user"]) <= {"Chat", "Completion", "Classify"}
 
 
 def test_what_fails_is_counted_and_429_is_not(model_folder: Path, tmp_path: Path) -> None:
@@ -143,11 +144,13 @@ def test_percentiles_are_of_what_was_due_after_the_warm_up() -> None:
     """By the standard library, whose inclusive quantiles interpolate as we say we do."""
     told = [Told("Chat", outcome(i, i + 0.01 * i**2, i + 0.01 * i**2 + 1)) for i in range(40)]
     told.append(Told("Uploader", outcome(5, 500, 600)))
+    told += [Told("Classify", Outcome("m", "ok", i, i + 0.1 * i)) for i in range(9)]
     found = summarize(told, 30.0, 4.0)
     cuts = statistics.quantiles([0.01 * i**2 for i in range(4, 31)], n=100, method="inclusive")
     for p in (50, 95, 99):
         assert found[f"ttft_p{p}_s"] == pytest.approx(cuts[p - 1])
-    assert found["num_requests"] == 41
+    assert found["classify_p50_s"] == pytest.approx(0.4)
+    assert found["num_requests"] == 50
 
 
 def test_rates_are_of_what_arrived_while_it_was_measured() -> None:
@@ -254,8 +257,7 @@ def test_a_load_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["--popularities", "fair"], "'fair' is not one of"),
         (["--mix", "chat"], "is not NAME=WEIGHT"),
         (["--mix", "chat=0"], "every weight is 0"),
-        (["--mix", "chat=1,classify=1"], "--classifiers: goes with"),
-        (["--classifiers", "a"], "--classifiers: goes with"),
+        (["--classifiers", "a", "--mix", "chat=1"], "--classifiers: needs"),
         (["--trace", "no-such-file"], "No such file"),
         (["--trace", __file__], "the columns TIMESTAMP"),
         (["--url", "http://x", "--adapter-memory", "1MiB"], "--adapter-memory: not with --url"),
