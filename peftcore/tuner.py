@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore.ops.autograd import add, add_low_rank, scale
+from peftcore.ops.autograd import add, scale
 from peftcore.ops.bottleneck import BottleneckPart, post_norm, pre_norm
-from peftcore.ops.segments import LowRankPart, VectorPart
+from peftcore.ops.segments import VectorPart
+from peftcore.ops.trained import TrainedPart, adapted
 from peftcore.parts import ModulePart, StreamTap
 from peftcore.primitives import (
     BiasDelta,
@@ -218,17 +219,9 @@ def _apply(
     scales = [VectorPart(start, end, p.v) for start, end, _, p in work(InputScale)]
     if scales:
         rows = _scale(rows.clone(), scales, whole)
-    y = base(rows)  # two dimensions in, so that y is no view and can be added to in place
-    updates: list[LowRankPart] = []
-    inputs: list[Tensor | None] = []
-    for start, end, part, p in work(LowRank):
-        updates.append(LowRankPart(start, end, p.a.t(), p.b.t(), p.scale))
-        dropout = part.dropout if part.training else None
-        inputs.append(None if dropout is None else dropout(rows[start:end]))
-    if updates:
-        y = add_low_rank(y, rows, updates, inputs)
-    scales = [VectorPart(start, end, p.v) for start, end, _, p in work(OutputScale)]
-    y = _scale(y, scales, whole)
+    # Two dimensions in, so that what the base returns is no view and can be added to in place.
+    changes = _changes(work(LowRank), work(OutputScale), rows)
+    y = adapted(base, rows, changes) if changes else base(rows)
     deltas = [VectorPart(start, end, p.b) for start, end, _, p in work(BiasDelta)]
     if deltas:
         y = add(y, deltas)
@@ -243,6 +236,23 @@ def _apply(
         paths = {e.weights.stream for e in ends if e.weights.stream is not None}
         y = pre_norm(y, streams.pop(paths.pop()) if paths else None, ends)
     return y.view(*x.shape[:-1], -1)
+
+
+def _changes(updates: Sequence[Work], scales: Sequence[Work], rows: Tensor) -> list[TrainedPart]:
+    """A part's update and its scale together; `rows` are the module's inputs."""
+    found: dict[ModulePart, list[TrainedPart]] = {}
+    for start, end, part, p in updates:
+        dropout = part.dropout if part.training else None
+        own = None if dropout is None else dropout(rows[start:end])
+        change = TrainedPart(start, end, p.a, p.b, p.scale, own=own)
+        found.setdefault(part, []).append(change)
+    for start, end, part, p in scales:
+        changes = found.setdefault(part, [TrainedPart(start, end)])
+        if changes[-1].v is None and (changes[-1].start, changes[-1].end) == (start, end):
+            changes[-1] = changes[-1]._replace(v=p.v)
+        else:
+            changes.append(TrainedPart(start, end, v=p.v))
+    return [change for changes in found.values() for change in changes]
 
 
 def _scale(x: Tensor, parts: Sequence[VectorPart], whole: bool) -> Tensor:

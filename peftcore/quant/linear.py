@@ -57,7 +57,7 @@ def _bfloat16_is_fast() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _training_dtype(x: Tensor) -> torch.dtype:
+def training_dtype(x: Tensor) -> torch.dtype:
     """What a CPU multiplies in where gradients are wanted; bitsandbytes takes x's own likewise."""
     return x.dtype if x.dtype == torch.bfloat16 and _bfloat16_is_fast() else torch.float32
 
@@ -254,12 +254,12 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
-        return layer.multiply(x, _training_dtype(x))
+        return layer.multiply(x, training_dtype(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.multiply_back(grad, _training_dtype(grad)), None
+        return ctx.layer.multiply_back(grad, training_dtype(grad)), None
 
 
 def quantize_model(

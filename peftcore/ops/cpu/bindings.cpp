@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "trained.h"
 
 namespace py = pybind11;
 using at::Tensor;
@@ -343,6 +344,105 @@ void py_gate(const Tensor& gates, const Tensor& up, const std::string& activatio
        activation == "silu" ? Activation::kSilu : Activation::kGeluTanh);
 }
 
+// Of training: the rows [start, end) of a part and the factor of its update; four tensors a part:
+// a, b, v and inputs of its own, each or none.
+using Spans = std::vector<std::tuple<int64_t, int64_t, double>>;
+using Given = std::vector<std::optional<Tensor>>;
+
+// The parts over memory of the module's dtype, checked.
+std::vector<TrainedPart> trained_parts(const Spans& spans, const Given& given, int64_t rows,
+                                       c10::ScalarType dtype, const std::optional<Tensor>& x,
+                                       int64_t in, int64_t out) {
+  TORCH_CHECK_VALUE(given.size() == 4 * spans.size(), given.size(), " tensors of parts");
+  if (x) {
+    check(*x, "x", dtype);
+    TORCH_CHECK_VALUE(x->numel() == rows * in, "x: ", x->sizes());
+  }
+  std::vector<TrainedPart> parts;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const auto& [start, end, scale] = spans[i];
+    const auto &a = given[4 * i], &b = given[4 * i + 1], &v = given[4 * i + 2], &own = given[4 * i + 3];
+    TORCH_CHECK_VALUE((parts.empty() ? 0 : parts.back().end) <= start && start <= end && end <= rows,
+                      "part [", start, ", ", end, ") of ", rows, " rows");
+    TrainedPart part{start, end, nullptr};
+    if (own) {
+      check(*own, "own", dtype);
+      TORCH_CHECK_VALUE(own->numel() == (end - start) * in, "own: ", own->sizes());
+      part.x = own->data_ptr();
+    } else if (x) {
+      part.x = static_cast<const char*>(x->data_ptr()) + start * in * x->element_size();
+    }
+    TORCH_CHECK_VALUE(a.has_value() == b.has_value() && (!a || part.x), "a, b and x come together");
+    if (a) {
+      part.rank = a->size(0);
+      part.a = floats(a, "a", part.rank * in);
+      part.b = floats(b, "b", part.rank * out);
+      part.scale = static_cast<float>(scale);
+    }
+    part.v = floats(v, "v", out);
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+Given py_adapt(const Tensor& y, const std::optional<Tensor>& x, int64_t in, const Spans& spans,
+               const Given& given) {
+  const Type type = type_of(y, "y");
+  TORCH_CHECK_VALUE(type != Type::kHalf, "y: float16 is not trained in");
+  const int64_t rows = y.size(0), out = y.size(1);
+  auto parts = trained_parts(spans, given, rows, y.scalar_type(), x, in, out);
+  Given kept;
+  for (TrainedPart& p : parts) {
+    std::optional<Tensor> low, before;
+    if (p.rank) p.low = low.emplace(at::empty({p.end - p.start, p.rank}, at::kFloat)).data_ptr<float>();
+    if (p.v) p.before = before.emplace(at::empty({p.end - p.start, out}, y.options())).data_ptr();
+    kept.insert(kept.end(), {low, before});
+  }
+  adapt(y.data_ptr(), type, in, out, parts);
+  return kept;
+}
+
+Given py_adapt_back(const Tensor& grad, const std::optional<Tensor>& x, int64_t in, const Spans& spans,
+                    const Given& given, const Given& kept, const std::vector<bool>& wanted,
+                    const std::optional<Tensor>& grad_x) {
+  const Type type = type_of(grad, "grad");
+  TORCH_CHECK_VALUE(type != Type::kHalf, "grad: float16 is not trained in");
+  const int64_t rows = grad.size(0), out = grad.size(1);
+  auto parts = trained_parts(spans, given, rows, grad.scalar_type(), x, in, out);
+  TORCH_CHECK_VALUE(kept.size() == 2 * parts.size() && wanted.size() == 4 * parts.size(),
+                    "what `adapt` kept, and what is wanted, of each part");
+  if (grad_x) {
+    check(*grad_x, "grad_x", grad.scalar_type());
+    TORCH_CHECK_VALUE(grad_x->numel() == rows * in, "grad_x: ", grad_x->sizes());
+  }
+  Given grads(given.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    TrainedPart& p = parts[i];
+    const auto &low = kept[2 * i], &before = kept[2 * i + 1];
+    p.low = const_cast<float*>(floats(low, "low", (p.end - p.start) * p.rank));
+    TORCH_CHECK_VALUE(low.has_value() == (p.rank > 0) && before.has_value() == (p.v != nullptr),
+                      "what `adapt` kept of part ", i);
+    if (before) {
+      check(*before, "before", grad.scalar_type());
+      TORCH_CHECK_VALUE(before->numel() == (p.end - p.start) * out, "before: ", before->sizes());
+      p.before = before->data_ptr();
+    }
+    for (size_t j = 4 * i; j < 4 * i + 4; ++j)
+      if (wanted[j] && given[j])
+        grads[j] = j % 4 == 3 ? at::zeros_like(*given[j]) : at::empty_like(*given[j]);
+    const auto of = [&](int j) { return grads[4 * i + j] ? grads[4 * i + j]->data_ptr<float>() : nullptr; };
+    p.grad_a = of(0);
+    p.grad_b = of(1);
+    p.grad_v = of(2);
+    if (given[4 * i + 3])
+      p.grad_x = grads[4 * i + 3] ? grads[4 * i + 3]->data_ptr() : nullptr;
+    else if (grad_x)
+      p.grad_x = static_cast<char*>(grad_x->data_ptr()) + p.start * in * grad_x->element_size();
+  }
+  adapt_back(grad.data_ptr(), type, in, out, parts);
+  return grads;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -383,5 +483,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         unlocked);
   m.def("rms_norm", &py_rms_norm, py::arg("x"), py::arg("weight"), py::arg("offset"),
         py::arg("eps"), unlocked);
+  m.def("adapt_", &py_adapt, py::arg("y"), py::arg("x"), py::arg("in_"), py::arg("spans"),
+        py::arg("given"), unlocked);
+  m.def("adapt_back_", &py_adapt_back, py::arg("grad"), py::arg("x"), py::arg("in_"),
+        py::arg("spans"), py::arg("given"), py::arg("kept"), py::arg("wanted"), py::arg("grad_x"),
+        unlocked);
   m.def("gate_", &py_gate, py::arg("gate"), py::arg("up"), py::arg("activation"), unlocked);
 }

@@ -27,6 +27,7 @@ _SOURCES = (
     "bindings.cpp",
     "linear.cpp",
     "adapters.cpp",
+    "trained.cpp",
     "matmul_float.cpp",
     "matmul_integer.cpp",
     "attention.cpp",
