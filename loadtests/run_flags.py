@@ -144,9 +144,9 @@ def _load_flags(group: Any) -> None:
     group.add_argument(
         "--mix",
         type=mix,
-        default={"chat": 2, "completion": 2, "classify": 1},
+        default={"chat": 1, "completion": 1},
         metavar="NAME=WEIGHT,…",
-        help=f"users of {', '.join(CLASSES)}; default chat=2,completion=2,classify=1",
+        help=f"users of {', '.join(CLASSES)}; default chat=1,completion=1",
     )
     group.add_argument(
         "--classifiers",

@@ -41,6 +41,7 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     server = ["--model", str(model_folder), "--server-flag=--kv-memory=2MiB"]
     steps = ["--users", "1,3", "--popularities", "zipf,distinct", "--duration", "1.5"]
+    steps += ["--mix", "chat=1,completion=1,classify=1"]
     trace = ["--trace", "sample", "--trace-requests", "8", "--trace-speed", "20"]
     lengths = ["--max-prompt-tokens", "20", "--max-output-tokens", "5"]
     memory = ["--adapter-memory", "24KiB", "--max-memory-growth", "1000"]
@@ -110,7 +111,7 @@ def test_a_broken_threshold_fails_the_run(
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["passed"]
     assert "failed" in (out / "report.html").read_text()
-    assert set(summary["steps"][0]["by_user"]) <= {"Chat", "Completion", "Classify"}
+    assert set(summary["steps"][0]["by_user"]) <= {"Chat", "Completion"}
 
 
 def test_what_fails_is_counted_and_429_is_not(model_folder: Path, tmp_path: Path) -> None:
