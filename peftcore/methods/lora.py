@@ -29,6 +29,7 @@ from peftcore.methods.low_rank import (
 )
 from peftcore.methods.targets import lookup_pattern
 from peftcore.methods.trainable_tokens import named_tokens, token_parts
+from peftcore.ops.trained import row_norms
 from peftcore.parts import Linear, ModulePart
 from peftcore.primitives import BiasDelta, LowRank, OutputScale, Primitive
 
@@ -213,18 +214,15 @@ class LoraPart(LowRankPart):
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
-        """‖W + sBA‖ of each row, `[out]`, no gradient (section 4.3 of the DoRA paper).
+        """‖W + sBA‖ of each row, `[out]`, no gradient.
 
-        From ‖Wᵢ‖² + 2s Bᵢ · A Wᵢᵀ + s² Bᵢ A Aᵀ Bᵢᵀ: W is only multiplied with, which a quantized
-        base does in tiles.
+        W is only multiplied with, which a quantized base does in tiles.
         """
         b, a = self.lora_B.weight, self.lora_A.weight
         if self._base_norms is None or self._base_norms.device != a.device:
             self._base_norms = self.module.weight().square().sum(dim=1)
-        across = (b * self.module.multiply(a).t()).sum(dim=1)
-        own = ((b @ (a @ a.t())) * b).sum(dim=1)
-        squares = self._base_norms + 2 * self.scale * across + self.scale**2 * own
-        return squares.clamp_(min=0).sqrt_()
+        across = self.module.multiply(a)
+        return row_norms(a, b, across, self._base_norms, self.scale)
 
 
 class LoraEmbeddingPart(ModulePart):

@@ -1,4 +1,4 @@
-"""Low-rank updates and output scales with gradients, each adapter's in its own rows of a batch.
+"""What trained adapters do at linear modules: updates and output scales, with gradients.
 
 On a CPU the kernels compute all parts at a module in one call, forward and backward; over a layer
 of `quant` the base's map lies in the same node. Elsewhere, and for what the kernels do not know,
@@ -83,6 +83,32 @@ def plain(y: Tensor, x: Tensor, parts: Sequence[TrainedPart]) -> Tensor:
         if group:
             y = scale(y, group)
     return y
+
+
+def row_norms(a: Tensor, b: Tensor, across: Tensor, squares: Tensor, scale: float) -> Tensor:
+    """‖W + scale · B A‖ of each row, `[out]`, without gradients.
+
+    Semantics: the root of ‖Wᵢ‖² + 2 scale Bᵢ · A Wᵢᵀ + scale² Bᵢ A Aᵀ Bᵢᵀ (section 4.3 of the DoRA
+    paper, arXiv:2402.09353): W itself is not read.
+
+    Args:
+        a: `[rank, in]`, b: `[out, rank]`.
+        across: A Wᵀ, `[rank, out]`.
+        squares: ‖W‖² of each row, `[out]`.
+    """
+    given = (a, b, across, squares)
+    if kernels() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in given):
+        norms: Tensor = kernels().row_norms(*(t.detach().contiguous() for t in given), scale)
+        return norms
+    return plain_row_norms(a, b, across, squares, scale)
+
+
+@torch.no_grad()
+def plain_row_norms(a: Tensor, b: Tensor, across: Tensor, squares: Tensor, scale: float) -> Tensor:
+    """As `row_norms`, by torch."""
+    mixed = (b * across.t()).sum(dim=1)
+    own = ((b @ (a @ a.t())) * b).sum(dim=1)
+    return (squares + 2 * scale * mixed + scale**2 * own).clamp_(min=0).sqrt_()
 
 
 def _disjoint(parts: Sequence[TrainedPart] | Sequence[VectorPart]) -> bool:

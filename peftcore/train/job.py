@@ -20,7 +20,9 @@ from transformers import get_scheduler
 from peftcore.methods.adalora import RankAllocator
 from peftcore.methods.prompt_tuning import MultitaskPrompt
 from peftcore.model import PeftModel
+from peftcore.ops.clip import clip_norm_
 from peftcore.parts import ModulePart
+from peftcore.train.adamw import AdamW
 from peftcore.train.dropout import Draw, has_dropout
 from peftcore.train.packed import Sample
 from peftcore.train.samples import IGNORED
@@ -256,11 +258,11 @@ class JobRun:
         """Update the adapter where the last batch of an update has been computed."""
         if self._pending:
             return
-        parameters = [p for _, p in self._parameters]
+        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
         limit = math.inf if self.job.max_grad_norm is None else self.job.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if not torch.isfinite(norm):
-            raise JobError(f"the norm of the gradients is {float(norm)}")
+        norm = clip_norm_(gradients, limit)
+        if not math.isfinite(norm):
+            raise JobError(f"the norm of the gradients is {norm}")
         self.progress.losses.append(self.update_loss)
         self.progress.learning_rates.append(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
@@ -328,7 +330,7 @@ def make_optimizer(job: Job, parameters: list[tuple[str, nn.Parameter]]) -> Opti
         if ps
     ]
     if job.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=job.learning_rate, fused=True)
+        return AdamW(groups, lr=job.learning_rate)
     if job.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=job.learning_rate)
     raise ValueError(

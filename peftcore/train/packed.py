@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from peftcore.errors import UnsupportedError
 from peftcore.model import PeftModel
+from peftcore.ops.sequences import MAX_SHORT, attend_short, kernels_attend
 from peftcore.parts import Prompt
 from peftcore.train.dropout import Draw, own_dropout
 from peftcore.train.samples import IGNORED
@@ -281,8 +282,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention of every row to its own sequence, and to its prefix before that.
 
-    A sequence at a time: a mask over all rows would cost T² and, where one sequence's values are
-    not finite, make the others' so too (0 · NaN).
+    A sequence at a time, or the short ones in one call: a mask over all rows would cost T² and,
+    where one sequence's values are not finite, make the others' so too (0 · NaN). How a sequence is
+    computed depends on nothing but itself.
 
     Args:
         module: the attention layer; `layer_idx` picks the prefix's layer.
@@ -304,6 +306,13 @@ def attend(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = query.dtype
+    together = None
+    if softcap is None and s_aux is None and kernels_attend(query, key, value):
+        short = [(s.start, s.end) for s in spans if _is_short(s, dropout, sliding_window)]
+        if short:
+            together = attend_short(query, key, value, short, scale)
+        if together is not None and len(short) == len(spans):
+            return together, None
     if query.device.type == "cpu":  # whose half-precision kernels are slower than float32's
         query, key, value = query.float(), key.float(), value.float()
     lengths = [len(s) for s in spans]
@@ -316,6 +325,9 @@ def attend(
         value.split(lengths, dim=2),
         strict=True,
     ):
+        if together is not None and _is_short(span, dropout, sliding_window):
+            out.append(together[:, span.start : span.end])
+            continue
         if span.prefix is not None:
             keys, values = span.prefix[layer]
             k = torch.cat([keys[None].to(k.dtype), k], dim=2)
@@ -329,8 +341,14 @@ def attend(
             )  # fmt: skip
         else:
             one = _explicit(q, k, v, scale, sliding_window, softcap, s_aux, drop, span.draw, layer)
-        out.append(one.transpose(1, 2))
-    return torch.cat(out, dim=1).to(dtype), None
+        out.append(one.transpose(1, 2).to(dtype))
+    return torch.cat(out, dim=1), None
+
+
+def _is_short(span: Span, dropout: float, window: int | None) -> bool:
+    """May it go through `attend_short`?"""
+    plain = span.prefix is None and (span.draw is None or dropout == 0)
+    return plain and len(span) <= MAX_SHORT and (window is None or len(span) <= window)
 
 
 def _mask(n: int, m: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.ops import trained
 from peftcore.ops.cpu import kernels
-from peftcore.ops.trained import TrainedPart, adapted, plain
+from peftcore.ops.trained import TrainedPart, adapted, plain, plain_row_norms, row_norms
 from peftcore.quant import QuantLinear
 
 #: (start, end, rank, with a scale, with inputs of its own) of each part, over 37 rows.
@@ -153,3 +153,20 @@ def test_torch_computes_what_the_kernels_do_not(case: str, monkeypatch: pytest.M
     x = torch.randn(37, 64, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", enabled=case == "autocast"):
         assert torch.equal(adapted(base, x, parts), plain(base(x), x, parts))
+
+
+@pytest.mark.parametrize(("rank", "width", "out"), [(1, 7, 5), (8, 64, 48), (33, 40, 130)])
+def test_row_norms_are_those_of_the_changed_weight(rank: int, width: int, out: int) -> None:
+    a, b = torch.randn(rank, width), torch.randn(out, rank)
+    weight = torch.randn(out, width)
+    given = (a, b, a @ weight.t(), weight.square().sum(dim=1), 0.7)
+    expected = (weight + 0.7 * b @ a).norm(dim=1)
+    torch.testing.assert_close(row_norms(*given), expected)
+    torch.testing.assert_close(plain_row_norms(*given), expected)
+
+
+def test_a_row_that_is_not_finite_has_no_norm() -> None:
+    a, b = torch.randn(2, 8), torch.randn(3, 2)
+    b[1, 0] = torch.nan
+    found = row_norms(a, b, a @ torch.ones(8, 3), torch.full((3,), 8.0), 1.0)
+    assert found.isnan().tolist() == [False, True, False]

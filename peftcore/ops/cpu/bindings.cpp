@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sequences.h"
 #include "trained.h"
 
 namespace py = pybind11;
@@ -443,6 +444,87 @@ Given py_adapt_back(const Tensor& grad, const std::optional<Tensor>& x, int64_t 
   return grads;
 }
 
+// t: [1, heads, rows, dim], features beside each other.
+HeadRows head_rows(const Tensor& t, const char* name, const Tensor& q, int64_t heads) {
+  TORCH_CHECK_VALUE(t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == q.scalar_type() &&
+                        t.size(0) == 1 && t.size(1) == heads && t.size(2) == q.size(2) &&
+                        t.size(3) == q.size(3) && t.stride(3) == 1,
+                    name, ": ", t.scalar_type(), " ", t.sizes(), " beside queries ", q.sizes());
+  return {t.data_ptr(), t.stride(2), t.stride(1)};
+}
+Tensor head_rows_like(const Tensor& t) {  // [1, heads, rows, dim], the heads of a row together
+  return at::zeros({1, t.size(2), t.size(1), t.size(3)}, t.options()).transpose(1, 2);
+}
+
+// Checked operands; sequences: (start, end) in order.
+SelfAttention self_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const Tensor& log_sums, double scale,
+                             const std::vector<std::array<int64_t, 2>>& sequences) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && q.size(3) % 16 == 0 && k.size(1) > 0 &&
+                        q.size(1) % k.size(1) == 0 && q.scalar_type() != at::kHalf,
+                    "queries ", q.scalar_type(), " ", q.sizes(), ", keys ", k.sizes());
+  const int64_t heads = q.size(1), kv_heads = k.size(1), rows = q.size(2);
+  int64_t done = 0;
+  for (const auto& [start, end] : sequences) {
+    TORCH_CHECK_VALUE(done <= start && start <= end && end <= rows, "sequence [", start, ", ", end,
+                      ") of ", rows, " rows");
+    done = end;
+  }
+  const auto sums = const_cast<float*>(floats(log_sums, "log_sums", heads * rows));
+  const Type type = q.scalar_type() == at::kBFloat16 ? Type::kBFloat16 : Type::kFloat;
+  TORCH_CHECK_VALUE(type == Type::kBFloat16 || q.scalar_type() == at::kFloat, "q: ", q.scalar_type());
+  return {type, heads, kv_heads, q.size(3), rows, static_cast<float>(scale),
+          head_rows(q, "q", q, heads), head_rows(k, "k", q, kv_heads), head_rows(v, "v", q, kv_heads),
+          head_rows(out, "out", q, heads), sums};
+}
+std::vector<Sequence> as_sequences(const std::vector<std::array<int64_t, 2>>& given) {
+  std::vector<Sequence> sequences;
+  for (const auto& [start, end] : given) sequences.push_back({start, end});
+  return sequences;
+}
+
+std::vector<Tensor> py_attend_short(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const std::vector<std::array<int64_t, 2>>& sequences,
+                                    double scale) {
+  TORCH_CHECK_VALUE(q.dim() == 4, "q: ", q.sizes());
+  const Tensor out = head_rows_like(q);
+  const Tensor log_sums = at::zeros({q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  attend_short(self_attention(q, k, v, out, log_sums, scale, sequences), as_sequences(sequences));
+  return {out, log_sums};
+}
+
+std::vector<Tensor> py_attend_short_back(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                         const Tensor& v, const Tensor& out, const Tensor& log_sums,
+                                         const std::vector<std::array<int64_t, 2>>& sequences,
+                                         double scale) {
+  const SelfAttention a = self_attention(q, k, v, out, log_sums, scale, sequences);
+  const std::vector<Tensor> grads = {head_rows_like(q), head_rows_like(k), head_rows_like(v)};
+  attend_short_back(a, as_sequences(sequences), head_rows(grad, "grad", q, a.heads),
+                    head_rows(grads[0], "q", q, a.heads), head_rows(grads[1], "k", q, a.kv_heads),
+                    head_rows(grads[2], "v", q, a.kv_heads));
+  return grads;
+}
+
+double py_clip_norm(const std::vector<Tensor>& tensors, double limit) {
+  std::vector<Values> all;
+  for (const Tensor& t : tensors) {
+    check(t, "tensors", at::kFloat);
+    all.push_back({t.data_ptr<float>(), t.numel()});
+  }
+  return clip_norm(all, limit);
+}
+
+Tensor py_row_norms(const Tensor& a, const Tensor& b, const Tensor& across, const Tensor& squares,
+                    double scale) {
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2, "a: ", a.sizes(), ", b: ", b.sizes());
+  const int64_t rank = a.size(0), in = a.size(1), out = b.size(0);
+  Tensor norms = at::empty({out}, a.options());
+  row_norms(floats(a, "a", rank * in), floats(b, "b", out * rank),
+            floats(across, "across", rank * out), floats(squares, "squares", out),
+            static_cast<float>(scale), rank, in, out, norms.data_ptr<float>());
+  return norms;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -488,5 +570,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("adapt_back_", &py_adapt_back, py::arg("grad"), py::arg("x"), py::arg("in_"),
         py::arg("spans"), py::arg("given"), py::arg("kept"), py::arg("wanted"), py::arg("grad_x"),
         unlocked);
+  m.def("attend_short", &py_attend_short, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("sequences"), py::arg("scale"), unlocked);
+  m.def("attend_short_back", &py_attend_short_back, py::arg("grad"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("out"), py::arg("log_sums"), py::arg("sequences"), py::arg("scale"),
+        unlocked);
+  m.def("clip_norm_", &py_clip_norm, py::arg("tensors"), py::arg("limit"), unlocked);
+  m.def("row_norms", &py_row_norms, py::arg("a"), py::arg("b"), py::arg("across"),
+        py::arg("squares"), py::arg("scale"), unlocked);
   m.def("gate_", &py_gate, py::arg("gate"), py::arg("up"), py::arg("activation"), unlocked);
 }

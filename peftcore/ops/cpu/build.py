@@ -28,6 +28,7 @@ _SOURCES = (
     "linear.cpp",
     "adapters.cpp",
     "trained.cpp",
+    "sequences.cpp",
     "matmul_float.cpp",
     "matmul_integer.cpp",
     "attention.cpp",

@@ -18,10 +18,10 @@ template <class T>
 F16 read(const T* p, int n) {
   return n == kLanes ? F16::load(p) : load_n(p, n);
 }
-template <class T>
-void write(F16 value, T* p, int n) {
+inline void write(F16 value, float* p, int n) { value.store_n(p, n); }
+inline void write(F16 value, BFloat16* p, int n) {
   if (n == kLanes) return value.store(p);
-  T full[kLanes];
+  BFloat16 full[kLanes];
   value.store(full);
   std::copy(full, full + n, p);
 }
@@ -86,14 +86,21 @@ void expand(const TrainedPart& p, int64_t out, int64_t column, int n, const floa
   }
 }
 
+// The factors b, [out][rank], of a tile's outputs as [rank][16], filled up with zeros.
+const float* factors_of_tile(const float* b, int64_t rank, int64_t out, int64_t column) {
+  const int n = lanes_left(out, column);
+  float* tile = scratch(rank * kLanes);
+  for (int64_t j = 0; j < rank; ++j)
+    for (int o = 0; o < kLanes; ++o)
+      tile[j * kLanes + o] = o < n ? b[(column + o) * rank + j] : 0.f;
+  return tile;
+}
+
 template <class T>
 void expand_tile(const TrainedPart& p, int64_t out, int64_t column, T* y) {
-  const int n = lanes_left(out, column);
-  float* b = scratch(p.rank * kLanes);
-  for (int64_t j = 0; j < p.rank; ++j)
-    for (int o = 0; o < kLanes; ++o) b[j * kLanes + o] = o < n ? p.b[(column + o) * p.rank + j] : 0.f;
+  const float* b = factors_of_tile(p.b, p.rank, out, column);
   grouped<8>(p.end - p.start, [&](auto rows, int64_t r) {
-    expand<decltype(rows)::value>(p, out, column, n, b, r, y);
+    expand<decltype(rows)::value>(p, out, column, lanes_left(out, column), b, r, y);
   });
 }
 
@@ -293,6 +300,33 @@ void adapt_back(void* grad, Type type, int64_t in, int64_t out,
     adapt_back_as(static_cast<BFloat16*>(grad), in, out, parts);
   else
     adapt_back_as(static_cast<float*>(grad), in, out, parts);
+}
+
+void row_norms(const float* a, const float* b, const float* across, const float* squares,
+               float scale, int64_t rank, int64_t in, int64_t out, float* norms) {
+  std::vector<float> products(rank * rank);  // A Aᵀ
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < rank; ++j)
+      dots<1, 1>(a + i * in, in, a + j * in, products.data() + i * rank + j, rank);
+  const auto tile = [&](int64_t t) {
+    const int64_t column = t * kLanes;
+    const int n = lanes_left(out, column);
+    const float* factors = factors_of_tile(b, rank, out, column);
+    F16 sums = read(squares + column, n);
+    for (int64_t i = 0; i < rank; ++i) {
+      F16 own = F16::zero();
+      for (int64_t j = 0; j < rank; ++j)
+        own = fma(F16::set1(products[i * rank + j]), F16::load(factors + j * kLanes), own);
+      own = own * F16::set1(scale * scale);
+      const F16 both = fma(F16::set1(2 * scale), read(across + i * out + column, n), own);
+      sums = fma(F16::load(factors + i * kLanes), both, sums);
+    }
+    float squared[kLanes];
+    sums.store(squared);
+    // Of what is not finite nothing is hidden: only what rounding left below zero becomes zero.
+    for (int o = 0; o < n; ++o) norms[column + o] = std::sqrt(squared[o] < 0 ? 0.f : squared[o]);
+  };
+  for_each_task((out + kLanes - 1) / kLanes, rank * rank * out > kParallelWork * 8, tile);
 }
 
 }  // namespace polypeft

@@ -42,4 +42,11 @@ void adapt(void* y, Type type, int64_t in, int64_t out, const std::vector<Traine
 void adapt_back(void* grad, Type type, int64_t in, int64_t out,
                 const std::vector<TrainedPart>& parts);
 
+// norms[o] = ‖W[o] + scale · (B A)[o]‖ from ‖W[o]‖² + 2 scale B[o] · (A Wᵀ)[o] + scale² B[o] A Aᵀ B[o]ᵀ
+// (DoRA, arXiv:2402.09353, section 4.3).
+//
+// a: [rank][in]; b: [out][rank]; across: [rank][out], A Wᵀ; squares: [out], ‖W[o]‖².
+void row_norms(const float* a, const float* b, const float* across, const float* squares,
+               float scale, int64_t rank, int64_t in, int64_t out, float* norms);
+
 }  // namespace polypeft
