@@ -151,6 +151,8 @@ class LoraPart(LowRankPart):
     `lora_magnitude_vector` `[out]`, `base_layer.bias` `[out]`.
     """
 
+    lora_magnitude_vector: nn.Parameter | None
+
     def __init__(self, target: LoraTarget, config: LoraConfig) -> None:
         module, rank, self.scale = target
         super().__init__(module, config.lora_dropout, config.bias)
@@ -161,8 +163,8 @@ class LoraPart(LowRankPart):
         self.lora_B = Linear(rank, module.out_features, bias=config.lora_bias)
         #: ‖W‖² of each row, made when first needed: the base does not change.
         self._base_norms: Tensor | None = None
-        if config.use_dora:
-            self.lora_magnitude_vector = nn.Parameter(torch.empty(module.out_features))
+        magnitude = nn.Parameter(torch.empty(module.out_features)) if config.use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
 
     def reset_parameters(self) -> None:
         rank = len(self.lora_A.weight)
@@ -179,18 +181,19 @@ class LoraPart(LowRankPart):
             nn.init.zeros_(self.lora_B.weight)
             if self.lora_B.bias is not None:
                 nn.init.zeros_(self.lora_B.bias)
-        if hasattr(self, "lora_magnitude_vector"):
+        if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.data = self._row_norms()
         super().reset_parameters()
 
     def primitives(self) -> list[Primitive]:
-        path = self.module.path
-        found: list[Primitive] = [LowRank(path, self.lora_A.weight, self.lora_B.weight, self.scale)]
+        path, up = self.module.path, self.lora_B
+        found: list[Primitive] = [LowRank(path, self.lora_A.weight, up.weight, self.scale)]
         delta: Tensor | None = None
-        if self.lora_B.bias is not None:
-            delta = self.scale * self.lora_B.bias
-        if hasattr(self, "lora_magnitude_vector"):
-            v = self.lora_magnitude_vector / self._row_norms()
+        if up.bias is not None:
+            delta = self.scale * up.bias
+        magnitude = self.lora_magnitude_vector
+        if magnitude is not None:
+            v = magnitude / self._row_norms()
             found.append(OutputScale(path, v))
             bias = self.module.bias()
             if bias is not None:
@@ -205,6 +208,7 @@ class LoraPart(LowRankPart):
     def forward(self, base: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """DoRA with dropout: the rows' own product is not dropped, what is added to it is."""
         assert self.dropout is not None
+        assert self.lora_magnitude_vector is not None
         y = base(x)
         dropped = self.dropout(x.to(self.lora_A.weight.dtype))
         v = self.lora_magnitude_vector / self._row_norms()

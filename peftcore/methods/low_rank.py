@@ -84,23 +84,29 @@ class LowRankPart(ModulePart):
     Key: `base_layer.bias` `[out]`, absolute values.
     """
 
+    base_bias: nn.Parameter | None
+
     def __init__(self, module: BaseModule, dropout: float = 0.0, bias: str = "none") -> None:
         """`bias`: anything but "none" trains the module's."""
         super().__init__(module, dropout)
-        if bias != "none" and module.bias() is not None:
-            self.base_bias = nn.Parameter(torch.empty(module.out_features))
+        trains = bias != "none" and module.bias() is not None
+        self.register_parameter(
+            "base_bias", nn.Parameter(torch.empty(module.out_features)) if trains else None
+        )
 
     def reset_parameters(self) -> None:
-        if hasattr(self, "base_bias"):
+        if self.base_bias is not None:
             self.base_bias.data = self.module.bias().clone()  # type: ignore[union-attr]
 
     def bias_change(self) -> Tensor | None:
         """What training changed of the module's bias; None where it is not trained."""
+        if self.base_bias is None:
+            return None
         own = self.module.bias()
-        return None if own is None or not hasattr(self, "base_bias") else self.base_bias - own
+        return None if own is None else self.base_bias - own
 
     def file_key(self, name: str) -> str:
         return super().file_key("base_layer.bias" if name == "base_bias" else name)
 
     def num_replaced(self) -> int:
-        return self.base_bias.numel() if hasattr(self, "base_bias") else 0
+        return 0 if self.base_bias is None else self.base_bias.numel()

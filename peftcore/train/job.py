@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from peftcore.methods.adalora import RankAllocator
 from peftcore.methods.prompt_tuning import MultitaskPrompt
 from peftcore.model import PeftModel
-from peftcore.ops.clip import clip_norm_
+from peftcore.ops.optimizer import clip_norm_
 from peftcore.parts import ModulePart
 from peftcore.train.adamw import AdamW
 from peftcore.train.dropout import Draw, has_dropout
@@ -258,7 +258,7 @@ class JobRun:
         """Update the adapter where the last batch of an update has been computed."""
         if self._pending:
             return
-        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+        gradients = [grad for _, p in self._parameters if (grad := p.grad) is not None]
         limit = math.inf if self.job.max_grad_norm is None else self.job.max_grad_norm
         norm = clip_norm_(gradients, limit)
         if not math.isfinite(norm):

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "optimizer.h"
 #include "sequences.h"
 #include "trained.h"
 
@@ -514,6 +515,24 @@ double py_clip_norm(const std::vector<Tensor>& tensors, double limit) {
   return clip_norm(all, limit);
 }
 
+void py_adamw(const std::vector<Tensor>& values, const std::vector<Tensor>& grads,
+              const std::vector<Tensor>& means, const std::vector<Tensor>& squares, double lr,
+              double beta1, double beta2, double eps, double weight_decay, int64_t count) {
+  TORCH_CHECK_VALUE(grads.size() == values.size() && means.size() == values.size() &&
+                        squares.size() == values.size(),
+                    "a gradient and two means for each of ", values.size(), " parameters");
+  std::vector<AdamParameter> all;
+  for (size_t i = 0; i < values.size(); ++i) {
+    for (const Tensor* t : {&values[i], &grads[i], &means[i], &squares[i]}) {
+      check(*t, "parameters", at::kFloat);
+      TORCH_CHECK_VALUE(t->numel() == values[i].numel(), "parameter ", i, ": ", t->sizes());
+    }
+    all.push_back({values[i].data_ptr<float>(), means[i].data_ptr<float>(),
+                   squares[i].data_ptr<float>(), grads[i].data_ptr<float>(), values[i].numel()});
+  }
+  adamw(all, {lr, beta1, beta2, eps, weight_decay, count});
+}
+
 Tensor py_row_norms(const Tensor& a, const Tensor& b, const Tensor& across, const Tensor& squares,
                     double scale) {
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2, "a: ", a.sizes(), ", b: ", b.sizes());
@@ -576,6 +595,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("v"), py::arg("out"), py::arg("log_sums"), py::arg("sequences"), py::arg("scale"),
         unlocked);
   m.def("clip_norm_", &py_clip_norm, py::arg("tensors"), py::arg("limit"), unlocked);
+  m.def("adamw_", &py_adamw, py::arg("values"), py::arg("grads"), py::arg("means"),
+        py::arg("squares"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("count"), unlocked);
   m.def("row_norms", &py_row_norms, py::arg("a"), py::arg("b"), py::arg("across"),
         py::arg("squares"), py::arg("scale"), unlocked);
   m.def("gate_", &py_gate, py::arg("gate"), py::arg("up"), py::arg("activation"), unlocked);

@@ -29,6 +29,7 @@ _SOURCES = (
     "adapters.cpp",
     "trained.cpp",
     "sequences.cpp",
+    "optimizer.cpp",
     "matmul_float.cpp",
     "matmul_integer.cpp",
     "attention.cpp",

@@ -51,36 +51,4 @@ void gate(float* gate, const float* up, int64_t count, Activation activation) {
   });
 }
 
-double clip_norm(const std::vector<Values>& all, double limit) {
-  const int64_t count = static_cast<int64_t>(all.size());
-  std::vector<double> squares(count);
-  for_each_task(count, true, [&](int64_t i) {
-    const auto [x, size] = all[i];
-    F16 sums[4] = {F16::zero(), F16::zero(), F16::zero(), F16::zero()};
-    int64_t k = 0;
-    for (; k + 4 * kLanes <= size; k += 4 * kLanes)
-      unrolled<4>([&](auto j) {
-        const F16 value = F16::load(x + k + j * kLanes);
-        sums[j] = fma(value, value, sums[j]);
-      });
-    for (; k < size; k += kLanes) {
-      const F16 value = F16::load_n(x + k, static_cast<int>(std::min<int64_t>(kLanes, size - k)));
-      sums[0] = fma(value, value, sums[0]);
-    }
-    squares[i] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  });
-  double total = 0;
-  for (const double square : squares) total += square;
-  const double norm = std::sqrt(total), factor = limit / (norm + 1e-6);
-  if (!std::isfinite(norm) || factor >= 1) return norm;
-  for_each_task(count, true, [&](int64_t i) {
-    const auto [x, size] = all[i];
-    for (int64_t k = 0; k < size; k += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, size - k));
-      (F16::load_n(x + k, n) * F16::set1(static_cast<float>(factor))).store_n(x + k, n);
-    }
-  });
-  return norm;
-}
-
 }  // namespace polypeft

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace polypeft {
 
@@ -16,14 +15,5 @@ void rms_norm(const float* x, const float* weight, float offset, float eps, int6
 // Semantics: gate = activation(gate) ⊙ up. gate, up: [count]; SwiGLU and its kin
 // (arXiv:2002.05202).
 void gate(float* gate, const float* up, int64_t count, Activation activation);
-
-struct Values {
-  float* at;
-  int64_t size;
-};
-
-// The norm of all of them together; where `limit` is less, they become limit / (norm + 1e-6) times
-// what they are, as by torch's clip_grad_norm_. NaN or infinite where they are, and they then stay.
-double clip_norm(const std::vector<Values>& all, double limit);
 
 }  // namespace polypeft

@@ -94,6 +94,7 @@ inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -178,6 +179,7 @@ inline F16 operator+(F16 a, F16 b) { POLYPEFT_EACH(_mm256_add_ps, a.v[i], b.v[i]
 inline F16 operator-(F16 a, F16 b) { POLYPEFT_EACH(_mm256_sub_ps, a.v[i], b.v[i]); }
 inline F16 operator*(F16 a, F16 b) { POLYPEFT_EACH(_mm256_mul_ps, a.v[i], b.v[i]); }
 inline F16 operator/(F16 a, F16 b) { POLYPEFT_EACH(_mm256_div_ps, a.v[i], b.v[i]); }
+inline F16 sqrt(F16 a) { POLYPEFT_EACH(_mm256_sqrt_ps, a.v[i]); }
 inline F16 fma(F16 a, F16 b, F16 c) { POLYPEFT_EACH(_mm256_fmadd_ps, a.v[i], b.v[i], c.v[i]); }
 inline F16 max(F16 a, F16 b) { POLYPEFT_EACH(_mm256_max_ps, a.v[i], b.v[i]); }
 inline F16 min(F16 a, F16 b) { POLYPEFT_EACH(_mm256_min_ps, a.v[i], b.v[i]); }
@@ -264,6 +266,7 @@ inline F16 operator+(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] + b.v[i]); }
 inline F16 operator-(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] - b.v[i]); }
 inline F16 operator*(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] * b.v[i]); }
 inline F16 operator/(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] / b.v[i]); }
+inline F16 sqrt(F16 a) { POLYPEFT_EACH(std::sqrt(a.v[i])); }
 inline F16 fma(F16 a, F16 b, F16 c) { POLYPEFT_EACH(a.v[i] * b.v[i] + c.v[i]); }
 #undef POLYPEFT_EACH
 inline F16 max(F16 a, F16 b) {
