@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import sys
 from functools import partial
 
@@ -10,6 +12,8 @@ from pydantic_settings import CliApp, SettingsError
 
 from server import logs
 from server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -66,6 +70,7 @@ def serve(settings: Settings) -> None:
         ring = key_ring(settings)
     except ValueError as exc:
         sys.exit(f"polypeft-serve: {exc}")
+    warn_if_open(settings.host, has_keys=ring is not None)
     app = create_app(partial(build_runtime, settings), settings, ring)
     try:
         Server(app, host=settings.host, port=settings.port).run()
@@ -76,6 +81,20 @@ def serve(settings: Settings) -> None:
         sys.exit(f"polypeft-serve: {failure}")
     if failure is not None:
         raise failure
+
+
+def warn_if_open(host: str, *, has_keys: bool) -> None:
+    """Say so where other machines reach the port and need no key."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        is_loopback = host == "localhost"
+    if not has_keys and not is_loopback:
+        logger.warning(
+            "%s is open to other machines and there are no keys: whoever reaches it may ask, "
+            "upload and delete; --api-key-file names a file of keys",
+            host,
+        )
 
 
 if __name__ == "__main__":

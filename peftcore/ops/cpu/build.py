@@ -1,7 +1,8 @@
 """Builds the kernels once for this machine, and loads them.
 
 The library lies in the cache under a hash of all that it is made from: the sources, torch's
-version, the interpreter, the flags. A second start loads it without asking the compiler.
+version, the interpreter, the flags. A second start loads it without asking the compiler. Where
+there is none, `build_ahead` has made a folder of libraries elsewhere, for CPUs of every kind.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import importlib.util
 import logging
 import os
 import platform
+import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +40,8 @@ _SOURCES = (
 )
 #: Chooses the instructions, a key of the flags; by default the best that torch finds.
 CAPABILITY_VARIABLE = "POLYPEFT_CPU_CAPABILITY"
+#: Names the folder of `build_ahead`, which is only read. What it lacks is built in the cache.
+AHEAD_VARIABLE = "POLYPEFT_KERNELS"
 #: Fused multiply-adds only where a kernel says so: the same sums whatever the compiler inlines.
 #: OpenMP at compile time only: the runtime is the one that torch has loaded, never a second.
 _COMMON = ("-O3", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized")
@@ -52,6 +57,16 @@ _FLAGS = {
     "AVX2": _AVX2,
     "PORTABLE": (),
 }
+#: What a CPU must have to run what each was compiled to, by torch's names.
+_AVX2_NEEDS = ("avx2", "fma3", "f16c")
+_AVX512_NEEDS = (*_AVX2_NEEDS, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_NEEDS = {
+    "AVX512_VNNI": (*_AVX512_NEEDS, "avx512_vnni"),
+    "AVX512": _AVX512_NEEDS,
+    "AVX2_VNNI": (*_AVX2_NEEDS, "avx_vnni"),
+    "AVX2": _AVX2_NEEDS,
+    "PORTABLE": (),
+}
 
 
 class KernelsUnavailable(Exception):
@@ -59,10 +74,10 @@ class KernelsUnavailable(Exception):
 
 
 def capability() -> str:
-    """What the kernels are compiled for: a key of the flags.
+    """What the kernels are compiled for: a key of the flags, which this CPU can run.
 
     Raises:
-        KernelsUnavailable: the environment asks for something unknown.
+        KernelsUnavailable: the environment asks for something unknown, or that this CPU has not.
     """
     asked = os.environ.get(CAPABILITY_VARIABLE)
     if asked is not None:
@@ -70,34 +85,78 @@ def capability() -> str:
             raise KernelsUnavailable(
                 f"{CAPABILITY_VARIABLE}={asked}: expected one of {', '.join(_FLAGS)}"
             )
+        if missing := _missing(asked):
+            raise KernelsUnavailable(
+                f"{CAPABILITY_VARIABLE}={asked}: this CPU has no {', '.join(missing)}"
+            )
         return asked
     found = torch.backends.cpu.get_cpu_capability()
+    for name in (f"{found}_VNNI", found):
+        if name in _FLAGS and not _missing(name):
+            return name
+    return "PORTABLE"
+
+
+def capabilities() -> Sequence[str]:
+    """All that the compiler knows on this architecture, whatever this CPU can run."""
+    return tuple(_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ("PORTABLE",)
+
+
+def _missing(name: str) -> list[str]:
+    """Which of the instructions that kernels for `name` use this CPU has not."""
     has = torch.cpu.get_capabilities()
-    if has.get({"AVX512": "avx512_vnni", "AVX2": "avx_vnni"}.get(found, "")):
-        found += "_VNNI"
-    return found if found in _FLAGS else "PORTABLE"
+    return [need for need in _NEEDS[name] if not has.get(need)]
 
 
 def load() -> ModuleType:
-    """The compiled module, built first where the cache has none.
+    """The compiled module, built first where neither `$POLYPEFT_KERNELS` nor the cache has it.
 
     Raises:
-        KernelsUnavailable: there is no compiler, or it fails.
+        KernelsUnavailable: there is no compiler, or it fails, or the cache cannot be written.
     """
-    flags = (*_COMMON, *_FLAGS[capability()])
-    folder = _cache_folder() / _key(flags)
-    library = folder / f"{_NAME}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "build.lock"):
-            if not library.is_file():
-                # torch's own lock, left by a process that was killed: it would be waited for.
-                (folder / "lock").unlink(missing_ok=True)
-                _build(folder, flags)
+    flags = _flags(capability())
+    ahead = os.environ.get(AHEAD_VARIABLE)
+    library = Path(ahead) / _key(flags) / f"{_NAME}.so" if ahead else None
+    if library is None or not library.is_file():
+        library = _compiled(flags)
     try:
         return _import(library)
     except ImportError as exc:
         raise KernelsUnavailable(f"{library}: {exc}") from exc
+
+
+def build_ahead(folder: Path, names: Sequence[str]) -> None:
+    """Put kernels for each of `names`, keys of the flags, into `folder`; none of them is called.
+
+    Raises:
+        KernelsUnavailable: there is no compiler, or it fails.
+    """
+    for name in names:
+        flags = _flags(name)
+        target = folder / _key(flags)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_compiled(flags), target)
+
+
+def _flags(name: str) -> tuple[str, ...]:
+    return (*_COMMON, *_FLAGS[name])
+
+
+def _compiled(flags: tuple[str, ...]) -> Path:
+    """The library in the cache. Raises KernelsUnavailable."""
+    folder = _cache_folder() / _key(flags)
+    library = folder / f"{_NAME}.so"
+    if not library.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "build.lock"):
+                if not library.is_file():
+                    # torch's own lock, left by a process that was killed: it would be waited for.
+                    (folder / "lock").unlink(missing_ok=True)
+                    _build(folder, flags)
+        except OSError as exc:
+            raise KernelsUnavailable(f"the CPU kernels cannot be kept: {exc}") from exc
+    return library
 
 
 def _cache_folder() -> Path:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from peftcore.ops.cpu.build import CAPABILITY_VARIABLE
+from peftcore.ops.cpu.build import CAPABILITY_VARIABLE, KernelsUnavailable, capability, load
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
@@ -46,6 +47,33 @@ def test_an_unknown_capability() -> None:
         "AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, PORTABLE"
     )
     assert "torch computes in the kernels' place" in done.stderr
+
+
+def test_no_cpu_gets_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    avx2 = {"avx2": True, "fma3": True, "f16c": True}
+    avx512 = avx2 | {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl")}
+    for level, has, best in (
+        ("AVX512", avx512 | {"avx512_vnni": True}, "AVX512_VNNI"),
+        ("AVX512", avx512, "AVX512"),
+        ("AVX2", avx2 | {"avx_vnni": True}, "AVX2_VNNI"),
+        ("AVX2", avx2, "AVX2"),
+        ("AVX2", {"avx2": True, "fma3": True}, "PORTABLE"),
+        ("DEFAULT", {}, "PORTABLE"),
+    ):
+        monkeypatch.delenv(CAPABILITY_VARIABLE, raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert capability() == best
+        if "avx512_f" not in has:
+            monkeypatch.setenv(CAPABILITY_VARIABLE, "AVX512")
+            with pytest.raises(KernelsUnavailable, match=r"this CPU has no .*avx512_f"):
+                capability()
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(KernelsUnavailable, match=r"cannot be kept: .*Not a directory"):
+        load()
 
 
 def test_no_compiler(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from server.__main__ import warn_if_open
 from server.api.keys import KeyRing, key_ring
 from tests import tiny
 from tests.serving import Served, serve
@@ -95,3 +96,22 @@ def test_only_hashes_are_kept() -> None:
     assert all(key in ring for key in KEYS)
     assert "other" not in ring
     assert not any(key in repr(vars(ring)) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("host", "has_keys", "warns"),
+    [
+        ("127.0.0.1", False, False),
+        ("::1", False, False),
+        ("localhost", False, False),
+        ("0.0.0.0", False, True),
+        ("::", False, True),
+        ("somewhere", False, True),
+        ("0.0.0.0", True, False),
+    ],
+)
+def test_a_port_that_is_open_to_all_is_told(
+    host: str, has_keys: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_if_open(host, has_keys=has_keys)
+    assert ("--api-key-file" in caplog.text) == warns
