@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +29,13 @@ from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import PoolingParams
 from server.errors import Conflict, ServerError
+from server.memory import (
+    MemoryPlan,
+    TooLittleMemory,
+    base_bytes,
+    make_memory_plan,
+    workspace_bytes,
+)
 from server.models.embedding import default_embedding, embedding_defaults
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel, load_model
@@ -119,7 +127,8 @@ def assemble(
     if loaded.is_encoder and settings.kv_cache_dtype == "auto":
         kv_dtype = loaded.dtype  # nothing is kept: half of it would save little
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
-    num_blocks = settings.kv_memory // block_bytes
+    memory = memory_plan(settings, loaded)
+    num_blocks = memory.kv_cache // block_bytes
     max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
     if loaded.is_encoder:  # its keys and values are needed within a step, by each layer anew
         longest = settings.max_model_len or loaded.max_position_embeddings
@@ -136,11 +145,13 @@ def assemble(
             )
         if settings.max_model_len > capacity:
             raise SetupError(
-                f"--kv-memory {settings.kv_memory} bytes hold {capacity} tokens, fewer than "
+                f"--kv-memory: {memory.kv_cache} bytes hold {capacity} tokens, fewer than "
                 f"--max-model-len {settings.max_model_len}"
             )
     if capacity == 0:
         raise SetupError(f"--kv-memory: at least one block of {block_bytes} bytes is needed")
+    memory = replace(memory, kv_cache=num_blocks * block_bytes)
+    logger.log(logging.INFO if memory.fits else logging.WARNING, "memory: %s", memory)
 
     pool = KVPool(
         loaded.base.kv_shapes,
@@ -223,6 +234,35 @@ def assemble(
         },
     )
     return runtime
+
+
+def memory_plan(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
+    """What the pools around a model in memory may take. Raises SetupError."""
+    longest = loaded.max_position_embeddings
+    max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
+    try:
+        return make_memory_plan(
+            loaded.device,
+            base=base_bytes(loaded.model),
+            adapters=settings.adapter_memory,
+            workspace=workspace_bytes(
+                loaded.model.config.get_text_config(),
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=settings.max_model_len or longest,
+                dtype=loaded.dtype,
+                dequantizes=dequantizes(loaded.device),
+            ),
+            kv_memory=settings.kv_memory,
+            is_loaded=True,
+        )
+    except TooLittleMemory as exc:
+        raise SetupError(str(exc)) from exc
+
+
+def dequantizes(device: torch.device) -> bool:
+    """Does a step make whole float weights of quantized ones?"""
+    return device.type != "cpu" or kernels() is None
 
 
 def host_memory(settings: Settings, device: torch.device) -> int:

@@ -6,7 +6,6 @@ Sizes are reckoned from the checkpoint's header and from the model's config.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +20,20 @@ from peftcore.ops.cpu import kernels_status
 from peftcore.quant import Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters import registry
-from server.build import SetupError, device_of, host_memory, kv_dtype_of
+from server.build import SetupError, dequantizes, device_of, host_memory, kv_dtype_of
+from server.memory import (
+    TooLittleMemory,
+    free_memory,
+    make_memory_plan,
+    mebibytes,
+    workspace_bytes,
+)
 from server.settings import Settings
 
 #: What Python, torch and transformers take before there is a model, in bytes, as README has it.
 _IMPORTS = 400 << 20
 #: Bytes of one weight of a linear layer, with its scale: of 128 weights, of 64 over nf4.
-_BYTES: Mapping[Quantization, float] = {"none": 4, "int8": 1 + 4 / 128, "nf4": 0.5 + 4 / 64}
+_BYTES: Mapping[Quantization, float] = {"int8": 1 + 4 / 128, "nf4": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)
@@ -62,32 +68,52 @@ def make_plan(settings: Settings) -> Plan:
     folder = resolve_model(settings.model)
     config = AutoConfig.from_pretrained(folder.path).get_text_config()
     weights = _weights(folder.path)
-    base = _base_bytes(weights, settings.quantization)
     computed = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = _base_bytes(weights, settings.quantization, computed)
     kv_dtype = kv_dtype_of(settings, device, settings.quantization, computed)
+    max_len = settings.max_model_len or config.max_position_embeddings
+    try:
+        memory = make_memory_plan(
+            device,
+            base=base,
+            adapters=settings.adapter_memory,
+            workspace=workspace_bytes(
+                config,
+                max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=max_len,
+                dtype=computed,
+                dequantizes=dequantizes(device),
+            ),
+            kv_memory=settings.kv_memory,
+            is_loaded=False,
+        )
+    except TooLittleMemory as exc:
+        raise SetupError(str(exc)) from exc
     position = _num_position_values(config) * kv_dtype.itemsize
-    capacity = settings.kv_memory // (position * settings.block_size) * settings.block_size
+    capacity = memory.kv_cache // (position * settings.block_size) * settings.block_size
     if capacity == 0:
         raise SetupError(f"--kv-memory: one block takes {position * settings.block_size} bytes")
     host = host_memory(settings, device)
-    on_device = base + settings.kv_memory + settings.adapter_memory
-    need = _IMPORTS + host + (on_device if device.type == "cpu" else 0)
-    available = _available()
+    need = _IMPORTS + host + (memory.total if device.type == "cpu" else 0)
+    available = free_memory(torch.device("cpu"))
     limit = min(config.max_position_embeddings, capacity)
-    verdict = "the system does not tell its memory" if available is None else _size(available)
+    verdict = "the system does not tell its memory" if available is None else mebibytes(available)
     facts = {
         "model": f"{settings.served_model_name or folder.name} ({folder.path})",
         "quantization": settings.quantization,
         "device": str(device),
         "threads": str(settings.num_threads or torch.get_num_threads()),
         "kernels": kernels_status() if device.type == "cpu" else "torch",
-        "base": f"{_size(base)} of weights",
-        "KV cache": f"{_size(settings.kv_memory)}, {capacity} tokens",
+        "base": f"{mebibytes(base)} of weights",
+        "KV cache": f"{mebibytes(memory.kv_cache)}, {capacity} tokens",
         "context": f"{settings.max_model_len or limit} tokens",
-        "adapters": f"{_size(settings.adapter_memory)}, and {_size(host)} of host memory",
+        "adapters": f"{mebibytes(settings.adapter_memory)}, and {mebibytes(host)} of host memory",
+        "workspace": f"{mebibytes(memory.workspace)} for the largest step",
+        "memory": str(memory),
         "data": _found(settings.data_dir.expanduser(), folder.name),
-        "imports": f"about {_size(_IMPORTS)}",
-        "RAM needed": f"{_size(need)} when all pools are full",
+        "imports": f"about {mebibytes(_IMPORTS)}",
+        "RAM needed": f"{mebibytes(need)} when all pools are full",
         "RAM available": verdict,
     }
     plan = Plan(facts, need, available)
@@ -105,13 +131,15 @@ def _weights(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _base_bytes(shapes: Mapping[str, list[int]], quantization: Quantization) -> int:
-    """Linear layers at their width, all else (embeddings, norms, biases) in float32."""
+def _base_bytes(
+    shapes: Mapping[str, list[int]], quantization: Quantization, dtype: torch.dtype
+) -> int:
+    """Linear layers at their width, all else (embeddings, norms, biases) in `dtype`."""
     total = 0.0
     for name, shape in shapes.items():
         is_linear = len(shape) == 2 and "embed" not in name and "lm_head" not in name
         size = torch.Size(shape).numel()
-        total += size * (_BYTES[quantization] if is_linear else 4)
+        total += size * (_BYTES.get(quantization, dtype.itemsize) if is_linear else dtype.itemsize)
     return int(total)
 
 
@@ -120,26 +148,6 @@ def _num_position_values(config: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(config.num_hidden_layers * heads * width * 2)
-
-
-def _available() -> int | None:
-    """Bytes of RAM that can be had, within the container's limit."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
-    except OSError:
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control groups of the second version
-        pass
-    return min(found, default=None)
 
 
 def _found(data_dir: Path, base_name: str) -> str:
@@ -156,7 +164,3 @@ def _found(data_dir: Path, base_name: str) -> str:
         finally:
             engine.dispose()
     return f"{data_dir}, {names} adapters registered"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):,.0f} MiB"

@@ -22,8 +22,14 @@ def _byte_size(value: object) -> int:
     return int(TypeAdapter(ByteSize).validate_python(value))
 
 
+def _byte_size_or_auto(value: object) -> int | None:
+    return None if value is None or value == "auto" else _byte_size(value)
+
+
 #: Bytes; defaults are written as a user would write them.
 Size = Annotated[int, PlainValidator(_byte_size, json_schema_input_type=str)]
+#: The same, or None for `auto`.
+AutoSize = Annotated[int | None, PlainValidator(_byte_size_or_auto, json_schema_input_type=str)]
 
 
 class Settings(BaseSettings):
@@ -88,8 +94,10 @@ class Settings(BaseSettings):
         description="how keys and values are kept; auto: float16 beside a quantized base on a CPU "
         "with kernels, else as the model computes",
     )
-    kv_memory: Size = Field(  # type: ignore[assignment]
-        "1GiB", description="memory of the KV cache"
+    kv_memory: AutoSize = Field(
+        None,
+        description="memory of the KV cache; auto, the default: on a GPU what base and adapters "
+        "leave of it, else 1GiB",
     )
     adapter_memory: Size = Field(  # type: ignore[assignment]
         "512MiB", description="device memory that resident adapters share"

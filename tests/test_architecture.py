@@ -32,9 +32,11 @@ RULES: dict[str, set[str]] = {
     "server.runtime": {"server.engine", "server.adapters"},
     "server.api": {"server.runtime"},
     "server.build": {
-        "server.runtime", "server.engine", "server.adapters", "server.models", "peftcore",
+        "server.runtime", "server.engine", "server.adapters", "server.models", "server.memory",
+        "peftcore",
     },
-    "server.plan": {"server.build", "server.adapters", "peftcore"},
+    "server.plan": {"server.build", "server.memory", "server.adapters", "peftcore"},
+    "server.memory": set(),
     "server.__main__": {"server.build", "server.plan", "server.api", "server.models", "peftcore"},
     "server.healthcheck": set(),
     "server.vocabulary": set(),

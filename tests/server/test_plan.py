@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftcore.sources.resolve import ModelSourceError
 from server import plan as planning
@@ -41,8 +42,10 @@ def test_the_bases_bytes_are_those_of_the_loaded_model(model_folder: Path) -> No
     model = tiny.llama()
     loaded = sum(p.numel() * 4 for p in model.parameters())
     shapes = planning._weights(model_folder)
-    assert planning._base_bytes(shapes, "none") == pytest.approx(loaded, rel=0.01)
-    assert planning._base_bytes(shapes, "nf4") < planning._base_bytes(shapes, "int8") < loaded
+    assert planning._base_bytes(shapes, "none", torch.float32) == pytest.approx(loaded, rel=0.01)
+    sizes = [planning._base_bytes(shapes, q, torch.float32) for q in ("nf4", "int8", "none")]
+    assert sizes == sorted(sizes)
+    assert planning._base_bytes(shapes, "none", torch.bfloat16) == sizes[-1] // 2
 
 
 def test_what_the_data_directory_holds(model_folder: Path, tmp_path: Path) -> None:
@@ -68,10 +71,10 @@ def test_what_does_not_fit(
 ) -> None:
     assert not make_plan(settings(model_folder, tmp_path, kv_memory="900TiB")).fits
     assert make_plan(settings(model_folder, tmp_path)).fits
-    monkeypatch.setattr(planning, "_available", lambda: 100 << 20)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 100 << 20)
     plan = make_plan(settings(model_folder, tmp_path))
     assert plan.facts["fits"] == "no"
-    monkeypatch.setattr(planning, "_available", lambda: None)
+    monkeypatch.setattr(planning, "free_memory", lambda device: None)
     assert make_plan(settings(model_folder, tmp_path)).fits
     with pytest.raises(SetupError, match="--kv-memory"):
         make_plan(settings(model_folder, tmp_path, kv_memory=100))

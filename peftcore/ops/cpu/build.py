@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import platform
 import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -131,11 +133,14 @@ def build_ahead(folder: Path, names: Sequence[str]) -> None:
     Raises:
         KernelsUnavailable: there is no compiler, or it fails.
     """
-    for name in names:
-        flags = _flags(name)
-        target = folder / _key(flags)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_compiled(flags), target)
+    flags = [_flags(name) for name in names]
+    # torch compiles a library of one name once in a process, and loads it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for of_one, library in zip(flags, pool.map(_compiled, flags), strict=True):
+            target = folder / _key(of_one)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, target)
 
 
 def _flags(name: str) -> tuple[str, ...]:
