@@ -8,7 +8,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
 
-.PHONY: install serve test test-slow lint examples clean
+.PHONY: install serve test test-slow gpu-check lint examples clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -q -m slow
+
+# What needs a GPU, tests and measurements, with a report; exit status 2 where there is none.
+gpu-check: install
+	$(BIN)/python -m loadtests.gpu_check $(ARGS)
 
 # The example adapters, trained anew: make examples DATA=folder/of/the/data/sets (minutes each).
 examples: install

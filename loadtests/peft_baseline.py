@@ -1,8 +1,9 @@
 """HF peft's side of a serving load test: the same requests in static batches, in a process apart.
 
-The base in float32 under transformers' `generate`, every adapter loaded, and peft's mixed batch
-(`adapter_names`), which takes LoRA only. Rows without an adapter run with all adapters disabled, as
-a user of peft would run them. HF peft is a tool of the test suite's and is imported in the child.
+The base under transformers' `generate`, in float32 or, on a GPU, in bfloat16; every adapter
+loaded, and peft's mixed batch (`adapter_names`), which takes LoRA only. Rows without an adapter run
+with all adapters disabled, as a user of peft would run them. HF peft is a tool of the test suite's
+and is imported in the child.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ def generate_batches(
     num_output_tokens: int,
     num_threads: int,
     max_seconds: float,
+    device: str = "cpu",
 ) -> list[float]:
     """Generate all batches in a new process, each row greedily and to its full length.
 
     Args:
         model_folder: of the base. adapters: the folder of each name in `batches`.
         num_threads: of torch. max_seconds: for the whole process.
+        device: `cpu` or `cuda`.
 
     Returns:
         each batch's seconds, prompt and output.
@@ -69,6 +72,7 @@ def generate_batches(
         "batches": [asdict(batch) for batch in batches],
         "num_output_tokens": num_output_tokens,
         "num_threads": num_threads,
+        "device": device,
     }
     done = subprocess.run(
         [sys.executable, "-m", "loadtests.peft_baseline"],
@@ -81,9 +85,11 @@ def generate_batches(
     return seconds
 
 
-def load(model_folder: str, adapters: dict[str, str]) -> Any:
+def load(model_folder: str, adapters: dict[str, str], device: str = "cpu") -> Any:
     """transformers' model, inside a PeftModel where there are adapters."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    model = model.to(device).eval()
     peft: Any = importlib.import_module("peft")
     for i, (name, folder) in enumerate(adapters.items()):
         if i == 0:
@@ -96,7 +102,7 @@ def load(model_folder: str, adapters: dict[str, str]) -> Any:
 @torch.inference_mode()
 def generate(model: Any, batch: Batch, num_tokens: int) -> float:
     """Seconds that the batch takes."""
-    ids = torch.tensor(batch.prompts)
+    ids = torch.tensor(batch.prompts, device=model.device)
     options: dict[str, Any] = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False,
         "min_new_tokens": num_tokens, "max_new_tokens": num_tokens,
@@ -110,6 +116,8 @@ def generate(model: Any, batch: Batch, num_tokens: int) -> float:
     start = time.perf_counter()
     with adapters_off():
         made = model.generate(**options)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     assert made.shape == (len(ids), ids.shape[1] + num_tokens)
     return seconds
@@ -123,7 +131,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["num_threads"])
     batches = [Batch(**batch) for batch in job["batches"]]
-    model = load(job["model"], job["adapters"])
+    model = load(job["model"], job["adapters"], job["device"])
     generate(model, batches[0], _WARM_UP_TOKENS)
     bar = tqdm(batches, "peft", unit="batch")
     seconds = [generate(model, batch, job["num_output_tokens"]) for batch in bar]

@@ -156,7 +156,7 @@ def target(args: argparse.Namespace) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         flags = ["--data-dir", scratch]
-        for name in ("model", "quantization", "adapter_memory"):
+        for name in ("model", "quantization", "device", "adapter_memory"):
             if (value := getattr(args, name)) is not None:
                 flags += [f"--{name.replace('_', '-')}", value]
         with local_server([*flags, *args.server_flag]) as server:
@@ -231,6 +231,7 @@ def measure_peft(
                 num_output_tokens=args.output_tokens,
                 num_threads=os.cpu_count() or 1,
                 max_seconds=_PEFT_LOAD_SECONDS + args.timeout * len(batches),
+                device=args.device or "cpu",
             )
         )
     found: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -381,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("the server")
     group.add_argument("--model", help="as polypeft-serve's; of its tokens prompts are made")
     group.add_argument("--quantization", help="as polypeft-serve's")
+    group.add_argument("--device", choices=["cpu", "cuda"], help="the server's, and peft's")
     group.add_argument("--adapter-memory", help="as polypeft-serve's")
     group.add_argument(
         "--server-flag", action="append", default=[], metavar="FLAG",
@@ -452,7 +454,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         except (OSError, ValueError) as exc:
             made.error(f"--trace: {exc}")
     if args.url:
-        for flag in ("quantization", "adapter_memory", "server_flag"):
+        for flag in ("quantization", "device", "adapter_memory", "server_flag"):
             if getattr(args, flag):
                 made.error(f"--{flag.replace('_', '-')}: not with --url, which starts no server")
         if bool(args.models) == args.upload and args.compare != ["base"]:

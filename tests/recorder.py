@@ -30,7 +30,7 @@ class Recorder:
             logits = execute(batch)
             sampled = [chunk.seq.key for chunk in batch.chunks if chunk.samples]
             for key, row in zip(sampled, logits, strict=True):
-                self.logits[key].append(row.clone())
+                self.logits[key].append(row.to("cpu", copy=True))
             self.batches.append(batch)
             return logits
 

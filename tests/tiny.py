@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def runtime(model: PreTrainedModel, data_dir: Path, **changes: Any) -> Runtime:
     quantization = changes.pop("quantization", "none")
     activations = changes.pop("activations", "float")
     base_name = changes.pop("base_name", "tiny")
-    device = torch.device("cpu")
+    device = torch.device(os.environ.get("POLYPEFT_TEST_DEVICE", "cpu"))
     loaded = prepare_model(copy.deepcopy(model), quantization, device, activations)
     return assemble(settings(data_dir, **changes), loaded, tokenizer(), base_name)
 
