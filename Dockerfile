@@ -31,9 +31,9 @@ COPY loadtests loadtests
 # xgrammar brings Triton, a gigabyte, and uses it on GPUs alone.
 RUN pip install . "torch==${TORCH}" \
     && find "${PREFIX}" -type d -path "*/site-packages/triton" -prune -exec rm -r {} +
-# For every kind of CPU, since the image has no compiler.
-ARG CAPABILITIES=AVX512_VNNI,AVX512,AVX2_VNNI,AVX2,PORTABLE
-RUN python -m peftcore.ops.cpu "${PREFIX}/kernels" --for "${CAPABILITIES}"
+# For every kind of CPU of this architecture, or some, since the image has no compiler.
+ARG CAPABILITIES=""
+RUN python -m peftcore.ops.cpu "${PREFIX}/kernels" ${CAPABILITIES:+--for "${CAPABILITIES}"}
 # A model to bake in, as `--model` takes it; without one it is fetched into the volume at start.
 ARG MODEL=""
 RUN python -m peftcore.sources "${PREFIX}/models" "${MODEL}" > "${PREFIX}/settings.yaml"
@@ -48,7 +48,8 @@ COPY loadtests loadtests
 RUN pip install . "torch==${TORCH}"
 # Triton compiles its binding to the driver at its first use. It is compiled here; the driver itself
 # comes into the container with the GPU. Triton keeps the binding under where it was linked, which is
-# therefore named in the image too.
+# therefore named in the image too, and under the platform, which Python tells otherwise where the
+# program `file` is installed: in no stage.
 ENV TRITON_LIBCUDA_PATH="${PREFIX}/libcuda"
 RUN TRITON_CACHE_DIR="${PREFIX}/triton" python -m peftcore.ops.triton_driver
 ARG MODEL=""
@@ -96,7 +97,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     POLYPEFT_DEVICE=cuda
 COPY --from=builder-cuda ${PREFIX} ${PREFIX}
 # Triton has one folder for what is compiled, and must write to it: it gets what was compiled ahead.
-ENTRYPOINT ["/bin/sh", "-ec", "mkdir -p \"$TRITON_CACHE_DIR\" && cp -Rn \"$POLYPEFT_TRITON/.\" \"$TRITON_CACHE_DIR\" && exec polypeft-serve \"$@\"", "polypeft-serve"]
+ENTRYPOINT ["/bin/sh", "-ec", "mkdir -p \"$TRITON_CACHE_DIR\" && cp -R --remove-destination \"$POLYPEFT_TRITON/.\" \"$TRITON_CACHE_DIR\" && exec polypeft-serve \"$@\"", "polypeft-serve"]
 
 FROM runtime AS cpu
 ENV POLYPEFT_DEVICE=cpu POLYPEFT_KERNELS="${PREFIX}/kernels"

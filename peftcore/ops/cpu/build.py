@@ -134,13 +134,16 @@ def build_ahead(folder: Path, names: Sequence[str]) -> None:
         KernelsUnavailable: there is no compiler, or it fails.
     """
     flags = [_flags(name) for name in names]
+    missing = [of_one for of_one in flags if not _place(of_one).is_file()]
     # torch compiles a library of one name once in a process, and loads it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for of_one, library in zip(flags, pool.map(_compiled, flags), strict=True):
-            target = folder / _key(of_one)
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, target)
+        for _ in pool.map(_compiled, missing):
+            pass  # raises what was raised there
+    for of_one in flags:
+        target = folder / _key(of_one)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_place(of_one), target)
 
 
 def _flags(name: str) -> tuple[str, ...]:
@@ -149,8 +152,8 @@ def _flags(name: str) -> tuple[str, ...]:
 
 def _compiled(flags: tuple[str, ...]) -> Path:
     """The library in the cache. Raises KernelsUnavailable."""
-    folder = _cache_folder() / _key(flags)
-    library = folder / f"{_NAME}.so"
+    library = _place(flags)
+    folder = library.parent
     if not library.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +165,11 @@ def _compiled(flags: tuple[str, ...]) -> Path:
         except OSError as exc:
             raise KernelsUnavailable(f"the CPU kernels cannot be kept: {exc}") from exc
     return library
+
+
+def _place(flags: tuple[str, ...]) -> Path:
+    """Where the cache has the library, or would have it."""
+    return _cache_folder() / _key(flags) / f"{_NAME}.so"
 
 
 def _cache_folder() -> Path:
