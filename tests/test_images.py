@@ -123,7 +123,9 @@ def build(target: str, root: Path, *, full: bool) -> Build:
     else:
         arguments["CAPABILITIES"] = capability()
     variables = environment()
-    if not full:  # setuptools is borrowed too: pip reads this as `--no-build-isolation`
+    if full:
+        variables["XDG_CACHE_HOME"] = str(root / "cache")  # nothing is compiled yet
+    else:  # setuptools is borrowed too: pip reads this as `--no-build-isolation`
         variables["PIP_NO_BUILD_ISOLATION"] = "0"
     done = Build(root, arguments, variables, borrow)
     done.carry_out(chain(STAGES, f"builder-{target}"))
@@ -230,7 +232,8 @@ def test_the_cpu_images_steps_and_server(model_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_cpu_image_in_full(tmp_path: Path) -> None:
-    """All packages, kernels for all CPUs, a model baked in; each CPU's kernels serve it."""
+    """All packages, kernels for all CPUs. Each CPU's kernels serve the model, which was baked in
+    or, by default, is fetched into the volume."""
     root = tmp_path / "root"
     done = build("cpu", root, full=True)
     check_steps("cpu", done)
