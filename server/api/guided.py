@@ -14,6 +14,7 @@ from server.engine.sequence import Constraint
 from server.errors import BadRequest
 
 MAX_CHOICES_OF_TEXT = 1024
+ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
 
 
 def _schema_text(value: Any) -> Any:
@@ -65,7 +66,7 @@ class Guided(Strict):
                 "structured_outputs.{}", asked.json_, asked.regex, asked.choice, asked.grammar
             )
             if asked.json_object:
-                yield Constraint("json_object", "", "structured_outputs.json_object")
+                yield Constraint("json_schema", ANY_OBJECT, "structured_outputs.json_object")
 
 
 def _asked(
@@ -123,9 +124,9 @@ def constraint_of(response_format: ResponseFormat | None) -> Constraint | None:
     """What a chat's `response_format` asks for."""
     match response_format:
         case JsonObject():
-            return Constraint("json_object", "", "response_format")
+            return Constraint("json_schema", ANY_OBJECT, "response_format")
         case JsonSchema(json_schema=asked) if asked.schema_ is None:
-            return Constraint("json_object", "", "response_format")
+            return Constraint("json_schema", ANY_OBJECT, "response_format")
         case JsonSchema(json_schema=asked):
             param = "response_format.json_schema.schema"
             return Constraint("json_schema", json.dumps(asked.schema_), param)

@@ -40,7 +40,6 @@ from server.api.streaming import DONE, EventStream, event, unless_gone
 from server.api.tool_parser import ArgumentsPiece, CallStart, Piece, Text, ToolCallParser
 from server.api.tools import Toolbox, toolbox
 from server.engine.sequence import SampledToken, SamplingParams
-from server.errors import BadRequest
 from server.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -85,18 +84,11 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
 async def _constrained(
     runtime: Runtime, body: ChatCompletionRequest, tools: Toolbox, params: SamplingParams
 ) -> SamplingParams:
-    """With the grammar that the request asks for, or that forces its calls, and their ends."""
-    constraint, forced = body.constraint(), tools.constraint(runtime.grammars.followed)
-    if constraint is not None and tools.tools:
-        raise BadRequest(
-            f"{constraint.param}: not together with tools that may be called; send "
-            "tool_choice: 'none'",
-            param=constraint.param,
-        )
-    constraint = constraint or forced
+    """With the grammar of what the request asks for and of its calls, and the calls' end."""
+    constraint = tools.constraint(body.constraint(), runtime.grammars.followed)
     if constraint is not None:
         params = replace(params, grammar=await runtime.grammars.compile(constraint))
-    if forced is None and tools.stop:  # a grammar ends by itself
+    elif tools.stop:  # a grammar ends by itself
         params = replace(params, stop=(*params.stop, *tools.stop))
     return params
 

@@ -98,41 +98,58 @@ class Toolbox:
         """A parser for one answer."""
         return ToolCallParser(self.style, self.names, None if self.parallel else 1)
 
-    def constraint(self, followed: Callable[[Constraint], Any]) -> Constraint | None:
-        """What forces the calls that the request demands, or keeps strict ones to the letter.
+    def constraint(
+        self, content: Constraint | None, followed: Callable[[Constraint], Any]
+    ) -> Constraint | None:
+        """What an answer must match: where it calls nothing `content`, else calls of the tools.
+
+        Calls are to the letter where the request demands them, where a tool is strict, and beside
+        `content`, for a grammar has to know how an answer may go on.
 
         Args:
             followed: a JSON schema as it is followed; raises BadRequest where it cannot be.
         """
         if not self.tools:
+            return content
+        if self.choice == "auto" and content is None:
+            return self._strict_calls(followed)
+        allowed = frozenset(self.choice) if isinstance(self.choice, tuple) else self.names
+        form: dict[str, Any] = {
+            "type": "tags_with_separator", "separator": "\n",
+            "at_least_one": True,
+            "stop_after_first": not (self.parallel and self.style.begin),
+            "tags": self._tags(allowed, followed),
+        }  # fmt: skip
+        if self.choice == "auto" and content is not None:
+            form = {"type": "or", "elements": [_format(content, followed), form]}
+            return _structural(form, content.param)
+        return _structural(form, "tools")
+
+    def _strict_calls(self, followed: Callable[[Constraint], Any]) -> Constraint | None:
+        """Any text; after the mark of a call, one to the letter. None where no tool is strict."""
+        if not any(tool.function.strict for tool in self.tools):
             return None
-        if self.choice == "auto":
-            if not any(tool.function.strict for tool in self.tools):
-                return None
-            if not self.style.begin:
-                raise BadRequest(
-                    "tools: with this model, strict needs tool_choice 'required' or a function",
-                    param="tools",
-                )
-            allowed = self.names
-            form: dict[str, Any] = {
-                "type": "triggered_tags", "triggers": [self.style.begin],
-                "stop_after_first": not self.parallel,
-            }  # fmt: skip
-        else:
-            allowed = self.names if self.choice == "required" else frozenset(self.choice)
-            form = {
-                "type": "tags_with_separator", "separator": "\n",
-                "at_least_one": True,
-                "stop_after_first": not (self.parallel and self.style.begin),
-            }  # fmt: skip
-        form["tags"] = [
+        if not self.style.begin:
+            raise BadRequest(
+                "tools: this model's template marks no calls, so strict needs tool_choice "
+                "'required' or a function",
+                param="tools",
+            )
+        form = {
+            "type": "triggered_tags", "triggers": [self.style.begin],
+            "stop_after_first": not self.parallel,
+            "tags": self._tags(self.names, followed),
+        }  # fmt: skip
+        return _structural(form, "tools")
+
+    def _tags(
+        self, allowed: frozenset[str], followed: Callable[[Constraint], Any]
+    ) -> list[dict[str, Any]]:
+        return [
             self._tag(tool, followed, f"tools[{i}].function.parameters")
             for i, tool in enumerate(self.tools)
             if tool.function.name in allowed
         ]
-        source = json.dumps({"type": "structural_tag", "format": form})
-        return Constraint("structural_tag", source, "tools")
 
     def _tag(self, tool: Tool, followed: Callable[[Constraint], Any], param: str) -> dict[str, Any]:
         name, schema = json.dumps(tool.function.name), tool.function.parameters
@@ -142,13 +159,31 @@ class Toolbox:
         return {
             "type": "tag",
             "begin": f'{begin and begin + chr(10)}{{"name": {name}, "{self.style.arguments}": ',
-            "content": {
-                "type": "json_schema",
-                "json_schema": schema or {"type": "object", "additionalProperties": False},
-                "max_whitespace_cnt": 1,
-            },
+            "content": _json(schema or {"type": "object", "additionalProperties": False}),
             "end": f"}}{end and chr(10) + end}",
         }
+
+
+def _structural(form: dict[str, Any], param: str) -> Constraint:
+    source = json.dumps({"type": "structural_tag", "format": form})
+    return Constraint("structural_tag", source, param)
+
+
+def _json(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": 1}
+
+
+def _format(content: Constraint, followed: Callable[[Constraint], Any]) -> dict[str, Any]:
+    """A constraint as a part of a structural tag."""
+    match content.kind:
+        case "json_schema":
+            return _json(followed(content))
+        case "regex":
+            return {"type": "regex", "pattern": content.source}
+        case "grammar":
+            return {"type": "grammar", "grammar": content.source}
+        case "structural_tag":
+            raise ValueError("a structural tag is whole")
 
 
 def toolbox(

@@ -186,10 +186,6 @@ def _compile(compiler: GrammarCompiler, constraint: Constraint) -> CompiledGramm
     match constraint.kind:
         case "json_schema":
             return compiler.compile_json_schema(constraint.source, any_whitespace=False)
-        case "json_object":
-            return compiler.compile_json_schema(
-                '{"type": "object"}', strict_mode=False, any_whitespace=False
-            )
         case "regex":
             return compiler.compile_regex(constraint.source)
         case "grammar":

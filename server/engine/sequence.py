@@ -69,7 +69,7 @@ class Constraint:
         param: the request's field, for errors.
     """
 
-    kind: Literal["json_schema", "json_object", "regex", "grammar", "structural_tag"]
+    kind: Literal["json_schema", "regex", "grammar", "structural_tag"]
     source: str
     param: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.api.schemas import ChatCompletionRequest
+from server.api.tool_parser import Style
 from server.api.tools import HERMES, STYLES, style_of, toolbox
+from server.engine.grammars import Grammars
 from server.errors import BadRequest
 from tests import tiny
 from tests.serving import Served, serve
@@ -180,13 +183,83 @@ def test_streamed_calls(client: openai.OpenAI) -> None:
         assert not any(choice.delta.content for choice in own)
 
 
-def test_a_format_and_tools_at_once(long_server: Served) -> None:
-    body = ASK | {"tools": [NOW], "guided_regex": "a"}
+FORMAT: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "note",
+        "schema": {
+            "type": "object", "properties": {"note": {"enum": ["a", "b"]}}, "required": ["note"],
+        },
+    },
+}  # fmt: skip
+
+
+def bias(server: Served, **factors: float) -> dict[str, float]:
+    """`logit_bias` of characters."""
+    ids = {char: server.runtime.tokenizer.encode(char)[0] for char in factors}
+    return {str(ids[char]): factor for char, factor in factors.items()}
+
+
+@pytest.mark.parametrize("choice", ["none", "auto", "required", NOW])
+def test_a_format_and_tools_at_once(
+    client: openai.OpenAI, long_server: Served, choice: Any
+) -> None:
+    """The text has the format, calls have their tool's parameters; with a choice it is one of them,
+    whichever the bias on the first token makes likely."""
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": {"name": "now"}}
+    tools, called, told = [WEATHER, NOW], 0, 0
+    for seed, first in [(1, "<"), (2, "{"), (3, "<"), (4, "{")]:
+        answer = client.chat.completions.create(
+            **ASK | {"seed": seed}, tools=tools, tool_choice=choice, response_format=FORMAT,
+            parallel_tool_calls=False, max_tokens=200, logit_bias=bias(long_server, **{first: 50}),  # type: ignore[arg-type]
+        )  # fmt: skip
+        message = answer.choices[0].message
+        for call in message.tool_calls or []:
+            called += 1
+            assert call.type == "function"
+            arguments = json.loads(call.function.arguments)
+            jsonschema.validate(arguments, CITY if call.function.name == "get_weather" else {})
+            assert answer.choices[0].finish_reason == "tool_calls"
+        if message.content is not None:
+            told += 1
+            jsonschema.validate(json.loads(message.content), FORMAT["json_schema"]["schema"])
+            assert answer.choices[0].finish_reason == "stop"
+    assert (called, told) == {"none": (0, 4), "auto": (2, 2)}.get(str(choice), (4, 0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"guided_regex": "ab+"}, {"guided_choice": ["abb"]}, {"guided_grammar": 'root ::= "abb"'},
+     {"response_format": {"type": "json_object"}}],
+)  # fmt: skip
+def test_every_constraint_goes_beside_tools(long_server: Served, fields: dict[str, Any]) -> None:
+    short = bias(long_server, **{"a": 50, "{": 50, "}": 100})  # it calls nothing, and ends
+    body = ASK | {"tools": [NOW], "max_tokens": 100, "logit_bias": short} | fields
     answer = long_server.http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "guided_regex"
-    answer = long_server.http.post("/v1/chat/completions", json=body | {"tool_choice": "none"})
-    assert answer.json()["choices"][0]["message"]["content"] == "a"
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    if "response_format" in fields:
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+    else:
+        assert re.fullmatch("ab+", choice["message"]["content"])
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_strict_calls_need_marks_that_begin_them(style: Style) -> None:
+    """Where a template writes none, strict tools that need not be called are refused by name."""
+    strict = request(tools=[{"type": "function", "function": NOW["function"] | {"strict": True}}])
+    template = f"{{% if tools %}}{style.sign}"
+    box = toolbox(strict.tools, "auto", True, template)
+    followed = Grammars.followed
+    if style.begin:
+        assert box.constraint(None, followed) is not None
+    else:
+        with pytest.raises(BadRequest, match="strict needs tool_choice") as caught:
+            box.constraint(None, followed)
+        assert caught.value.param == "tools"
+    forced = toolbox(strict.tools, "required", True, template).constraint(None, followed)
+    assert forced is not None
 
 
 @pytest.mark.parametrize("stream", [False, True])
