@@ -24,6 +24,10 @@ class PoolingRequest(Strict):
     )
     user: str | None = None  # a label that does not concern the answer
 
+    # vLLM's, with the values that say what is done here anyway.
+    add_special_tokens: Annotated[Any, Refused(True)] = None
+    truncate_prompt_tokens: Annotated[Any, Refused()] = None
+
 
 class EmbeddingRequest(PoolingRequest):
     """POST /v1/embeddings."""

@@ -227,6 +227,17 @@ class GenerationRequest(Guided):
         [], json_schema_extra={"description": "token ids, as strings, and -100 to 100"}
     )
 
+    # vLLM's, with the values that say what is done here anyway.
+    allowed_token_ids: Annotated[Any, Refused()] = None
+    bad_words: Annotated[Any, Refused([])] = None
+    include_stop_str_in_output: Annotated[Any, Refused(False)] = None
+    length_penalty: Annotated[Any, Refused(1.0, 1)] = None
+    prompt_logprobs: Annotated[Any, Refused()] = None
+    skip_special_tokens: Annotated[Any, Refused(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Refused(True)] = None
+    truncate_prompt_tokens: Annotated[Any, Refused()] = None
+    use_beam_search: Annotated[Any, Refused(False)] = None
+
     def mixture(self) -> list[tuple[str, float]] | None:
         if self.adapters is None:
             return None
@@ -282,6 +293,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool = False
 
     suffix: Annotated[Any, Refused("")] = None
+    add_special_tokens: Annotated[Any, Refused(True)] = None  # vLLM's
 
     @property
     def num_candidates(self) -> int:
@@ -333,6 +345,15 @@ class ChatCompletionRequest(GenerationRequest):
     reasoning_effort: Annotated[Any, Refused("none")] = None
     verbosity: Annotated[Any, Refused("medium")] = None
     web_search_options: Annotated[Any, Refused()] = None
+
+    # vLLM's.
+    add_generation_prompt: Annotated[Any, Refused(True)] = None
+    add_special_tokens: Annotated[Any, Refused(False)] = None
+    chat_template: Annotated[Any, Refused()] = None
+    chat_template_kwargs: Annotated[Any, Refused({})] = None
+    continue_final_message: Annotated[Any, Refused(False)] = None
+    documents: Annotated[Any, Refused([])] = None
+    echo: Annotated[Any, Refused(False)] = None
 
     def _constraints(self) -> Iterator[Constraint]:
         asked = constraint_of(self.response_format)

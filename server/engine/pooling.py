@@ -62,7 +62,7 @@ class Pooler:
             seq.pooled = total if seq.pooled is None else seq.pooled + total
         elif kind == "cls":
             if seq.pooled is None and len(own):
-                seq.pooled = own[0].float()
+                seq.pooled = own[0].to(torch.float32, copy=True)  # not the step's memory
         elif chunk.completes:  # last, and what a SEQ_CLS head reads
             row = self._loaded.tasks.task_class(kind).row if kind == "SEQ_CLS" else -1
             seq.pooled = rows[row].clone()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
+import openai.types.chat.completion_create_params
+import openai.types.completion_create_params
+import openai.types.embedding_create_params
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from server.api.pooling_schemas import EmbeddingRequest
 from server.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
@@ -105,17 +110,58 @@ def test_chat_refuses_by_name_what_it_does_not_do(field: str, neutral: Any, load
     assert refusal(ChatCompletionRequest, CHAT | {field: loaded}) == (field, "unsupported")
 
 
+def test_completions_refuse_by_name_what_they_do_not_do() -> None:
+    completion(suffix="", add_special_tokens=True)
+    for field, value in {"suffix": "end", "add_special_tokens": False}.items():
+        assert refusal(CompletionRequest, COMPLETION | {field: value}) == (field, "unsupported")
+
+
 @pytest.mark.parametrize(
     ("field", "neutral", "loaded"),
     [
-        ("suffix", "", "end"),
+        ("skip_special_tokens", True, False), ("spaces_between_special_tokens", True, False),
+        ("include_stop_str_in_output", False, True), ("use_beam_search", False, True),
+        ("length_penalty", 1.0, 1.5), ("truncate_prompt_tokens", None, 5),
+        ("prompt_logprobs", None, 1), ("allowed_token_ids", None, [5]), ("bad_words", [], ["x"]),
     ],
 )  # fmt: skip
-def test_completions_refuse_by_name_what_they_do_not_do(
-    field: str, neutral: Any, loaded: Any
+@pytest.mark.parametrize(
+    ("kind", "body"), [(ChatCompletionRequest, CHAT), (CompletionRequest, COMPLETION)]
+)
+def test_vllms_fields_are_refused_by_name(
+    kind: type[GenerationRequest], body: dict[str, Any], field: str, neutral: Any, loaded: Any
 ) -> None:
-    completion(**{field: neutral})
-    assert refusal(CompletionRequest, COMPLETION | {field: loaded}) == (field, "unsupported")
+    """But with vLLM's defaults, which its users' requests spell out: these are what is done."""
+    kind.model_validate(body | {field: neutral})
+    assert refusal(kind, body | {field: loaded}) == (field, "unsupported")
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "loaded"),
+    [
+        ("add_generation_prompt", True, False), ("continue_final_message", False, True),
+        ("add_special_tokens", False, True), ("echo", False, True), ("chat_template", None, "x"),
+        ("chat_template_kwargs", {}, {"enable_thinking": False}), ("documents", [], [{}]),
+    ],
+)  # fmt: skip
+def test_vllms_fields_of_chats_are_refused_by_name(field: str, neutral: Any, loaded: Any) -> None:
+    chat(**{field: neutral})
+    assert refusal(ChatCompletionRequest, CHAT | {field: loaded}) == (field, "unsupported")
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        (openai.types.chat.completion_create_params.CompletionCreateParamsBase,
+         ChatCompletionRequest),
+        (openai.types.completion_create_params.CompletionCreateParamsBase, CompletionRequest),
+        (openai.types.embedding_create_params.EmbeddingCreateParams, EmbeddingRequest),
+    ],
+)  # fmt: skip
+def test_every_field_of_openais_is_known(params: Any, kind: type[BaseModel]) -> None:
+    """Served, a label, or refused as not supported: a field of OpenAI's is not "no such field"."""
+    assert len(params.__annotations__) >= 5
+    assert params.__annotations__.keys() <= kind.model_fields.keys()
 
 
 @pytest.mark.parametrize("value", [1, None, False])
