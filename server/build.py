@@ -101,14 +101,38 @@ def _activations(settings: Settings, device: torch.device) -> Activations | None
 
 
 def kv_dtype_of(
-    settings: Settings, device: torch.device, quantization: Quantization, dtype: torch.dtype
+    settings: Settings,
+    device: torch.device,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    *,
+    is_encoder: bool,
 ) -> torch.dtype:
-    """Half precision costs nothing beside codes, where the CPU kernels read it; otherwise as the
-    model computes, in `dtype`."""
+    """Half precision costs nothing beside codes, where the CPU kernels read it; otherwise, and for
+    an encoder, of which nothing is kept, as the model computes, in `dtype`."""
     if settings.kv_cache_dtype != "auto":
         return cast(torch.dtype, getattr(torch, settings.kv_cache_dtype))
-    halves = device.type == "cpu" and kernels() is not None
+    halves = device.type == "cpu" and kernels() is not None and not is_encoder
     return torch.float16 if halves and quantization != "none" else dtype
+
+
+def kv_room(
+    settings: Settings, kv_memory: int, block_bytes: int, max_positions: int, *, is_encoder: bool
+) -> tuple[int, int]:
+    """Blocks of the KV cache, and most tokens of one step.
+
+    Args:
+        kv_memory: bytes that the cache may take.
+        max_positions: what the model was made for.
+    """
+    num_blocks = kv_memory // block_bytes
+    max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
+    if is_encoder:  # its keys and values are needed within a step, by each layer anew
+        longest = settings.max_model_len or max_positions
+        max_num_batched_tokens = max(max_num_batched_tokens, longest)
+        per_step = 2 * max_num_batched_tokens // settings.block_size + settings.max_num_seqs
+        num_blocks = min(num_blocks, per_step)
+    return num_blocks, max_num_batched_tokens
 
 
 def assemble(
@@ -123,18 +147,19 @@ def assemble(
     Args:
         embedding: how the model's own files say that texts are embedded, if they do.
     """
-    kv_dtype = kv_dtype_of(settings, loaded.device, loaded.quantization, loaded.dtype)
-    if loaded.is_encoder and settings.kv_cache_dtype == "auto":
-        kv_dtype = loaded.dtype  # nothing is kept: half of it would save little
+    is_encoder = loaded.is_encoder
+    kv_dtype = kv_dtype_of(
+        settings, loaded.device, loaded.quantization, loaded.dtype, is_encoder=is_encoder
+    )
     block_bytes = KVPool.block_bytes(loaded.base.kv_shapes, settings.block_size, kv_dtype)
     memory = memory_plan(settings, loaded)
-    num_blocks = memory.kv_cache // block_bytes
-    max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
-    if loaded.is_encoder:  # its keys and values are needed within a step, by each layer anew
-        longest = settings.max_model_len or loaded.max_position_embeddings
-        max_num_batched_tokens = max(max_num_batched_tokens, longest)
-        per_step = 2 * max_num_batched_tokens // settings.block_size + settings.max_num_seqs
-        num_blocks = min(num_blocks, per_step)
+    num_blocks, max_num_batched_tokens = kv_room(
+        settings,
+        memory.kv_cache,
+        block_bytes,
+        loaded.max_position_embeddings,
+        is_encoder=is_encoder,
+    )
     capacity = num_blocks * settings.block_size
     max_model_len = min(settings.max_model_len or loaded.max_position_embeddings, capacity)
     if settings.max_model_len is not None:
@@ -198,7 +223,7 @@ def assemble(
         cache,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        whole=loaded.is_encoder,
+        whole=is_encoder,
     )
     engine = Engine(
         scheduler,

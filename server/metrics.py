@@ -9,7 +9,7 @@ words.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -131,13 +131,13 @@ class Metrics:
         )
         self._adapter_requests = Counter(
             "polypeft_adapter_requests",
-            "Requests that generated, by adapter.",
+            "Requests that were taken in, by adapter.",
             ["adapter"],
             registry=self.registry,
         )
         self._adapter_tokens = Counter(
             "polypeft_adapter_tokens",
-            "Tokens of requests that ended, by adapter; kind is prompt or generated.",
+            "Tokens by adapter; kind is prompt or generated.",
             ["adapter", "kind"],
             registry=self.registry,
         )
@@ -152,33 +152,33 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def prompt(self, num_tokens: int) -> None:
-        """A prompt was taken in."""
-        self._prompt_tokens.inc(num_tokens)
-
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
         self._next_token.observe(seconds)
 
-    def generated(self, num_tokens: int) -> None:
-        self._generated_tokens.inc(num_tokens)
-
-    def used(self, adapters: Sequence[str], num_prompt: int, num_generated: int) -> None:
-        """A request that generated has ended.
+    def begun(self, adapters: Sequence[str], num_prompt: int) -> Callable[[int], None]:
+        """A request was taken in; what is returned is to be told each step's number of tokens.
 
         Args:
             adapters: registered names; empty for the base.
-            num_prompt, num_generated: its tokens.
+            num_prompt: tokens of its prompts.
         """
         label = BASE if not adapters else MIXTURE if len(adapters) > 1 else adapters[0]
         if label not in self._labels and not self._has_room():
             label = OTHER
         self._add_label(label)
+        self._prompt_tokens.inc(num_prompt)
         self._adapter_requests.labels(label).inc()
         self._adapter_tokens.labels(label, "prompt").inc(num_prompt)
-        self._adapter_tokens.labels(label, "generated").inc(num_generated)
+        own = self._adapter_tokens.labels(label, "generated")
+
+        def generated(num_tokens: int) -> None:
+            self._generated_tokens.inc(num_tokens)
+            own.inc(num_tokens)
+
+        return generated
 
     def update_adapters(self, usage: AdapterUsage) -> None:
         """Mirror the adapters. One that is registered has its series before it is first used and

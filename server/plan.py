@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from peftcore.ops.cpu import kernels_status
 from peftcore.quant import Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters import registry
-from server.build import SetupError, dequantizes, device_of, host_memory, kv_dtype_of
+from server.build import (
+    SetupError,
+    dequantizes,
+    device_of,
+    host_memory,
+    kv_dtype_of,
+    kv_room,
+)
 from server.memory import (
     TooLittleMemory,
     free_memory,
@@ -28,6 +35,7 @@ from server.memory import (
     mebibytes,
     workspace_bytes,
 )
+from server.models.loader import generates
 from server.settings import Settings
 
 #: What Python, torch and transformers take before there is a model, in bytes, as README has it.
@@ -66,11 +74,13 @@ def make_plan(settings: Settings) -> Plan:
     """
     device = device_of(settings)
     folder = resolve_model(settings.model)
-    config = AutoConfig.from_pretrained(folder.path).get_text_config()
+    config = AutoConfig.from_pretrained(folder.path)
+    is_encoder = not generates(config)
+    config = config.get_text_config()
     weights = _weights(folder.path)
     computed = torch.float32 if device.type == "cpu" else torch.bfloat16
     base = _base_bytes(weights, settings.quantization, computed)
-    kv_dtype = kv_dtype_of(settings, device, settings.quantization, computed)
+    kv_dtype = kv_dtype_of(settings, device, settings.quantization, computed, is_encoder=is_encoder)
     max_len = settings.max_model_len or config.max_position_embeddings
     try:
         memory = make_memory_plan(
@@ -90,10 +100,15 @@ def make_plan(settings: Settings) -> Plan:
         )
     except TooLittleMemory as exc:
         raise SetupError(str(exc)) from exc
-    position = _num_position_values(config) * kv_dtype.itemsize
-    capacity = memory.kv_cache // (position * settings.block_size) * settings.block_size
-    if capacity == 0:
-        raise SetupError(f"--kv-memory: one block takes {position * settings.block_size} bytes")
+    block = _num_position_values(config) * kv_dtype.itemsize * settings.block_size
+    num_blocks, _ = kv_room(
+        settings, memory.kv_cache, block, config.max_position_embeddings, is_encoder=is_encoder
+    )
+    if num_blocks == 0:
+        raise SetupError(f"--kv-memory: one block takes {block} bytes")
+    if is_encoder:  # of its fewer blocks what there are; a decoder's fill what was given
+        memory = replace(memory, kv_cache=num_blocks * block)
+    capacity = num_blocks * settings.block_size
     host = host_memory(settings, device)
     need = _IMPORTS + host + (memory.total if device.type == "cpu" else 0)
     available = free_memory(torch.device("cpu"))

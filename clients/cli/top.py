@@ -130,7 +130,7 @@ def top(
     """Watch the adapters and the load, live; Ctrl-C ends it.
 
     Rates are of the time since the last look. RESIDENT says where an adapter's bytes lie. A row's
-    requests are those that named the adapter; its tokens count when their request has ended.
+    requests are those that named the adapter.
     """
     client: Client = context.obj
     with errors_to_exit():

@@ -51,7 +51,7 @@ async def generate(
     arrived = time.perf_counter()
     last: dict[int, float] = {}
     num_prompt, num_generated = sum(map(len, prompts)), 0
-    metrics.prompt(num_prompt)
+    generated = metrics.begun(lease.names, num_prompt)
     record = current_record()
     record.adapter, record.num_prompt_tokens = ",".join(lease.names) or None, num_prompt
     each = [
@@ -64,7 +64,7 @@ async def generate(
                 if delta.tokens:
                     now = time.perf_counter()
                     num_generated += len(delta.tokens)
-                    metrics.generated(len(delta.tokens))
+                    generated(len(delta.tokens))
                     if delta.index in last:
                         metrics.next_token((now - last[delta.index]) / len(delta.tokens))
                     else:
@@ -73,7 +73,6 @@ async def generate(
                 yield delta
     finally:
         record.num_output_tokens = num_generated
-        metrics.used(lease.names, num_prompt, num_generated)
 
 
 async def _shifted(deltas: Deltas, offset: int) -> Deltas:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
+from server.api.access import current_record
 from server.api.pooling_schemas import (
     Classified,
     ClassifiedToken,
@@ -53,7 +54,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Embeddi
     )
     with runtime.adapters.lease(body.model, body.mixture()) as lease:
         inputs = await run_in_threadpool(_tokens, runtime.tokenizer, body.input)
-        count = _counted(request, inputs)
+        count = _counted(request, lease, inputs)
         work = runtime.pool([i.tokens for i in inputs], pooling, lease)
         results = await unless_gone(request.receive, work)
     as_base64 = body.encoding_format == "base64"
@@ -74,7 +75,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyList:
     with runtime.adapters.lease(body.model) as lease:
         task = _class_task(lease)
         inputs = await run_in_threadpool(_tokens, runtime.tokenizer, body.input, body.text_pair)
-        count = _counted(request, inputs)
+        count = _counted(request, lease, inputs)
         work = runtime.pool([i.tokens for i in inputs], PoolingParams(task), lease)
         results = await unless_gone(request.receive, work)
     made = _classified_text if task == "SEQ_CLS" else _classified_tokens
@@ -126,9 +127,12 @@ def _tokens(
     return found
 
 
-def _counted(request: Request, inputs: Sequence[_Input]) -> int:
+def _counted(request: Request, lease: Lease, inputs: Sequence[_Input]) -> int:
+    """The inputs' tokens, told to the metrics and to the log."""
     count = sum(len(given.tokens.token_ids) for given in inputs)
-    metrics_of(request).prompt(count)
+    metrics_of(request).begun(lease.names, count)
+    record = current_record()
+    record.adapter, record.num_prompt_tokens = ",".join(lease.names) or None, count
     return count
 
 

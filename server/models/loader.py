@@ -97,7 +97,7 @@ def load_model(
         UnservableModel: the paged attention does not serve this architecture right.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cls = AutoModelForCausalLM if _generates(AutoConfig.from_pretrained(folder)) else AutoModel
+    cls = AutoModelForCausalLM if generates(AutoConfig.from_pretrained(folder)) else AutoModel
     loading: Any = cls.from_pretrained  # mypy knows of one result only
     model, info = loading(folder, dtype=dtype, output_loading_info=True)
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
@@ -107,7 +107,7 @@ def load_model(
     return prepare_model(model, quantization, device, activations, release, missing)
 
 
-def _generates(config: PretrainedConfig) -> bool:
+def generates(config: PretrainedConfig) -> bool:
     """Is it a language model, as far as its config says?"""
     classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     return not config.architectures or bool(classes & set(config.architectures))

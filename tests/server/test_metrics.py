@@ -54,7 +54,7 @@ def test_unknown_keys_are_mistakes() -> None:
 def test_two_servers_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.request("/health", 200, 0.1)
-    one.generated(5)
+    one.begun([], 1)(5)
     assert samples(one)["polypeft_requests_total /health 200"] == 1
     assert samples(other)["polypeft_generated_tokens_total"] == 0
 
@@ -63,7 +63,9 @@ def test_an_idle_adapter_stays_and_a_deleted_one_goes() -> None:
     metrics = Metrics()
     metrics.update_adapters(AdapterUsage(names=["poet", "clerk"]))
     assert samples(metrics)["polypeft_adapter_tokens_total clerk generated"] == 0
-    metrics.used(["poet"], 3, 5)
+    generated = metrics.begun(["poet"], 3)
+    for num_tokens in (2, 3):
+        generated(num_tokens)
     for _ in range(3):
         metrics.update_adapters(AdapterUsage(names=["poet", "clerk"]))
     found = samples(metrics)
@@ -71,6 +73,7 @@ def test_an_idle_adapter_stays_and_a_deleted_one_goes() -> None:
     assert found["polypeft_adapter_tokens_total poet generated"] == 5
     assert found["polypeft_adapter_requests_total clerk"] == 0
     metrics.update_adapters(AdapterUsage(names=["clerk"]))
+    generated(1)  # of a request that runs on
     assert not any("poet" in name for name in samples(metrics))
 
 
@@ -81,9 +84,9 @@ def test_adapter_labels_are_bounded() -> None:
         names = [f"adapter-{generation}-{i}" for i in range(MAX_ADAPTER_LABELS + 50)]
         metrics.update_adapters(AdapterUsage(names=names))
         for name in names:
-            metrics.used([name], 1, 2)
-        metrics.used([], 1, 1)
-        metrics.used(names[:2], 1, 1)
+            metrics.begun([name], 1)(2)
+        metrics.begun([], 1)(1)
+        metrics.begun(names[:2], 1)(1)
         found = samples(metrics)
         series = [name for name in found if name.startswith("polypeft_adapter_requests_total")]
         assert len(series) == MAX_ADAPTER_LABELS + 3

@@ -263,6 +263,22 @@ def test_12_idle_adapters_stay_in_the_metrics_and_all_survive_a_restart(tmp_path
         assert (answer.status_code, answer.json()["status"]) == (200, "unchanged")
 
 
+def test_12_an_adapters_tokens_are_counted_while_they_come(server: Served) -> None:
+    """So that a table of the load shows long answers, not only their ends."""
+    register(server, "busy", seed=1)
+    slow_down(server, 0.005)
+    name = 'polypeft_adapter_tokens_total{adapter="busy",kind="generated"}'
+
+    def count() -> float:
+        text = server.http.get("/metrics").text
+        return float(text.split(f"{name} ")[1].split("\n")[0])
+
+    with stream(server, LONG | {"model": "busy"}):
+        first = count()
+        wait_until(lambda: count() > first > 0)
+        assert server.runtime.engine.live
+
+
 def test_12_vllms_gauge_names_what_runs(server: Served) -> None:
     """As routers read it."""
     register(server, "busy", seed=1)

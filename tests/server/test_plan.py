@@ -38,6 +38,21 @@ def test_the_plan_is_what_a_server_then_is(
     runtime.close()
 
 
+def test_an_encoders_cache_is_what_a_step_needs(tmp_path: Path) -> None:
+    tiny.bert("FEATURE_EXTRACTION").save_pretrained(tmp_path / "model")
+    tiny.hf_tokenizer().save_pretrained(tmp_path / "model")
+    given = settings(tmp_path / "model", tmp_path / "data", kv_memory="900TiB")
+    plan = make_plan(given)
+    assert plan.fits
+    runtime = build_runtime(given)
+    tokens = int(runtime.stats()["kv_blocks"]) * given.block_size
+    pool = runtime.engine.runner.pool
+    num_bytes = sum(each.nbytes for each in [*pool.keys, *pool.values])
+    assert plan.facts["KV cache"] == f"{num_bytes / (1 << 20):,.0f} MiB, {tokens} tokens"
+    assert plan.facts["context"] == f"{runtime.max_model_len} tokens"
+    runtime.close()
+
+
 def test_the_bases_bytes_are_those_of_the_loaded_model(model_folder: Path) -> None:
     model = tiny.llama()
     loaded = sum(p.numel() * 4 for p in model.parameters())

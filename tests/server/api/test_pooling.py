@@ -264,6 +264,19 @@ def test_two_texts(world: World) -> None:
     assert world.refused("classify", model="mood", input=[1, 2], text_pair="c")[1] == "text_pair"
 
 
+def test_requests_are_counted_by_adapter(world: World) -> None:
+    def count(name: str) -> float:
+        text = world.served.http.get("/metrics").text
+        return float(text.split(f"polypeft_adapter_{name} ")[1].split("\n")[0])
+
+    requests = 'requests_total{adapter="topic"}'
+    tokens = 'tokens_total{adapter="topic",kind="prompt"}'
+    before = count(requests), count(tokens)
+    world.post("classify", model="topic", input=["abc", "de"])
+    world.post("embeddings", model="topic", input="f")
+    assert (count(requests) - before[0], count(tokens) - before[1]) == (2, 6)
+
+
 def test_many_clients_at_once(world: World) -> None:
     """Each gets its own answer, whatever the others ask for."""
     texts = [f"text {i} " * (1 + i % 4) for i in range(40)]
