@@ -18,6 +18,7 @@ from peftcore.packing import PackedAdapter
 from peftcore.quant import Activations, Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters.admission import Packer
+from server.adapters.budget import Budget
 from server.adapters.cache import AdapterCache, HostCache
 from server.adapters.manager import AdapterManager
 from server.adapters.store import AdapterStore, StoreError
@@ -197,7 +198,7 @@ def assemble(
         arena,
         HostCache(host_memory(settings, loaded.device)),
         load=load,
-        size_of=lambda digest: adapters.num_bytes(adapters.record(digest)),
+        size_of=lambda digest: adapters.budget.bytes_of(adapters.record(digest)),
         linears=loaded.host.linears,
         wake=lambda: runtime.wake(),
     )
@@ -206,8 +207,7 @@ def assemble(
         loaded.tasks,
         base_name,
         packer=packer,
-        arena_bytes=arena.data.nbytes,
-        dtype=loaded.dtype,
+        budget=Budget(arena.data.nbytes, loaded.dtype),
         residency=cache.residency,
         tier=cache.tier,
         forget=lambda digest: runtime.forget(digest),

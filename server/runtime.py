@@ -403,7 +403,7 @@ class Runtime:
             return sorted(name for digest in digests for name in names.get(digest, ()))
 
         tiers = Counter(self.engine.cache.tier(digest) for digest in names)
-        sizes = [self.adapters.num_bytes(record) for record in self.adapters.records()]
+        sizes = [self.adapters.budget.bytes_of(record) for record in self.adapters.records()]
         capacity = self.engine.cache.arena.data.nbytes
         return AdapterUsage(
             names=[name for group in names.values() for name in group],

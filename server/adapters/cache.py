@@ -227,8 +227,12 @@ class AdapterCache:
         self._load_kept()
 
     def _load_kept(self) -> None:
-        while self._kept_missing and self.prefetch(self._kept_missing[-1]):
-            self._kept_missing.pop()
+        """Those that find room; a large one that waits for more does not hold up the others.
+
+        One that nobody asks for may wait for as long as running requests take all the room in
+        turn; the first request for it waits as the scheduler bounds it, and from then on it stays.
+        """
+        self._kept_missing = [d for d in self._kept_missing if not self.prefetch(d)]
 
     def prefetch(self, digest: str) -> bool:
         """Load an adapter that no request has asked for; False where requests hold all the room."""

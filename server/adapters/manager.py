@@ -17,57 +17,30 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
 from typing import Literal
 
-import torch
-
-from peftcore.arena import aligned
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
-from peftcore.packing import PackedAdapter, packed_bytes, packed_elements
+from peftcore.packing import PackedAdapter, packed_elements
 from peftcore.program import check_mixture
 from peftcore.tasks import Tasks
 from server.adapters.admission import Packer, validate
+from server.adapters.budget import Budget
 from server.adapters.cache import yield_to_engine
+from server.adapters.info import AdapterInfo
 from server.adapters.labels import parse_labels
 from server.adapters.lease import Lease
 from server.adapters.store import AdapterRecord, AdapterStore, Alias
 from server.engine.sequence import AdapterUse
-from server.errors import BadRequest, Conflict, NotFound, TooLarge, Unprocessable
+from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a client is told of an adapter. Bytes on the device and in the files; times in seconds
-    since the epoch."""
-
-    name: str
-    digest: str
-    method: str
-    rank: int
-    num_bytes: int
-    file_bytes: int
-    num_virtual_tokens: int
-    modules: tuple[str, ...]
-    created_at: float
-    updated_at: float
-    num_requests: int
-    last_used_at: float | None
-    pinned: bool
-    tier: str
-    residency: str
-    num_running: int
-    task: str
-    labels: tuple[str, ...] | None
 
 
 class AdapterManager:
@@ -77,7 +50,7 @@ class AdapterManager:
         store: files and registry.
         tasks, base_name: what adapters are compiled against, and the base's name in requests.
         packer: makes the form in which adapters are loaded.
-        arena_bytes: the adapters' device memory. dtype: what is in it, but for half precision.
+        budget: the adapters' device memory.
         residency, tier: where a digest is now; see `AdapterCache`.
         forget: called with a digest that is gone for good.
         keep: called with all digests that are to stay on the device, whenever they change.
@@ -90,8 +63,7 @@ class AdapterManager:
         base_name: str,
         *,
         packer: Packer,
-        arena_bytes: int,
-        dtype: torch.dtype,
+        budget: Budget,
         residency: Callable[[str], str],
         tier: Callable[[str], str],
         forget: Callable[[str], None],
@@ -101,8 +73,7 @@ class AdapterManager:
         self.base_name = base_name
         self._tasks = tasks
         self._packer = packer
-        self._arena_bytes = arena_bytes
-        self._dtype = dtype
+        self.budget = budget
         self._residency = residency
         self._tier = tier
         self._forget = forget
@@ -182,14 +153,7 @@ class AdapterManager:
             )
         except MixtureError as exc:
             raise Unprocessable(str(exc), param="adapters", code="mixture_not_additive") from None
-        total = self._arena_need({*digests, *self.pinned()})
-        if total > self._arena_bytes:
-            raise TooLarge(
-                f"adapters: with those that are pinned {total} bytes, but the adapters' memory is "
-                f"{self._arena_bytes} bytes (--adapter-memory)",
-                param="adapters",
-                code="adapter_too_large",
-            )
+        self.budget.check_mixture(self._records[d] for d in {*digests, *self.pinned()})
         for alias, _ in found:
             self._uncounted[alias.name] += 1
         return self._take(model, found)
@@ -309,7 +273,7 @@ class AdapterManager:
             )
         with self._writer:
             self.check_name(name, may_exist=may_replace)
-            self._check_pins(self._pinned_if(name, digest), {digest: record})
+            self._check_pins(self._pinned_if(name, digest), record)
             with self._lock:
                 self._leases[digest] += 1  # nobody drops it until the name holds it, or this fails
                 self._records.setdefault(digest, record)
@@ -354,14 +318,6 @@ class AdapterManager:
     def _validate(self, config: bytes, weights: Path) -> tuple[AdapterRecord, PackedAdapter]:
         parsed, program = validate(config, weights, self._tasks)
         num_elements, num_half_elements = packed_elements(program)
-        num_bytes = packed_bytes(num_elements, num_half_elements, self._dtype)
-        if num_bytes > self._arena_bytes:
-            raise TooLarge(
-                f"weights: the adapter takes {num_bytes} bytes, but the adapters' memory is "
-                f"{self._arena_bytes} bytes (--adapter-memory)",
-                param="weights",
-                code="adapter_too_large",
-            )
         record = AdapterRecord(
             digest=program.digest,
             method=parsed.peft_type,
@@ -377,11 +333,8 @@ class AdapterManager:
             task=program.task,
             num_labels=program.num_labels,
         )
+        self.budget.check_upload(record)
         return record, self._packer.pack(program)
-
-    def num_bytes(self, record: AdapterRecord) -> int:
-        """What the adapter takes of the arena."""
-        return packed_bytes(record.num_elements, record.num_half_elements, self._dtype)
 
     # -- pins ------------------------------------------------------------------------------------
 
@@ -426,29 +379,13 @@ class AdapterManager:
                 self._keep(self.pinned())
                 return self._info(alias)
 
-    def _check_pins(
-        self, pinned: frozenset[str], new: Mapping[str, AdapterRecord] | None = None
-    ) -> None:
-        """Raises Conflict unless each adapter fits the device beside all that are pinned."""
-        if not pinned:
-            return
+    def _check_pins(self, pinned: frozenset[str], *new: AdapterRecord) -> None:
+        """Raises Conflict unless each adapter, `new` ones too, fits beside all that are pinned."""
         with self._lock:
-            known = {**self._records, **(new or {})}
-        held = self._arena_need(pinned, known)
-        largest = max((self._arena_need({d}, known) for d in known.keys() - pinned), default=0)
-        if held + largest > self._arena_bytes:
-            raise Conflict(
-                f"pinned adapters would take {held} of the {self._arena_bytes} bytes of the "
-                f"adapters' memory (--adapter-memory), and the largest other one {largest} bytes",
-                code="adapter_memory_full",
-            )
-
-    def _arena_need(
-        self, digests: Iterable[str], records: Mapping[str, AdapterRecord] | None = None
-    ) -> int:
-        """Bytes of the arena that the adapters take together."""
-        known = self._records if records is None else records
-        return sum(aligned(self.num_bytes(known[digest])) for digest in digests)
+            known = {**self._records, **{record.digest: record for record in new}}
+        self.budget.check_pins(
+            (known[digest] for digest in pinned), (known[d] for d in known.keys() - pinned)
+        )
 
     # -- what there is ---------------------------------------------------------------------------
 
@@ -486,7 +423,7 @@ class AdapterManager:
             digest=record.digest,
             method=record.method,
             rank=record.rank,
-            num_bytes=self.num_bytes(record),
+            num_bytes=self.budget.bytes_of(record),
             file_bytes=record.file_bytes,
             num_virtual_tokens=record.num_virtual_tokens,
             modules=record.modules,
@@ -561,4 +498,4 @@ def _refusal(exc: AdapterError) -> Unprocessable:
     return Unprocessable(str(exc), code="invalid_adapter")
 
 
-__all__ = ["AdapterInfo", "AdapterManager", "Lease"]
+__all__ = ["AdapterManager", "Lease"]

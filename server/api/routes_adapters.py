@@ -14,7 +14,7 @@ from server.api.state import runtime_of
 from server.api.upload import UPLOAD_SCHEMA, receive_upload
 
 if TYPE_CHECKING:
-    from server.adapters.manager import AdapterInfo
+    from server.adapters.info import AdapterInfo
 
 router = APIRouter()
 

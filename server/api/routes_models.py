@@ -11,7 +11,7 @@ from server.api.responses import Model, ModelList
 from server.api.state import runtime_of
 
 if TYPE_CHECKING:
-    from server.adapters.manager import AdapterInfo
+    from server.adapters.info import AdapterInfo
     from server.runtime import Runtime
 
 router = APIRouter()
