@@ -19,6 +19,8 @@ from server.errors import ServerError
 
 #: Rows of a prompt whose logits are in float32 at once.
 _SCORED_ROWS = 32
+#: Likeliest tokens among which top_k and top_p are looked for, before all are sorted.
+_NUM_CANDIDATES = 1024
 
 
 class Sampler:
@@ -133,12 +135,21 @@ class Sampler:
             logits[stops] = kept
 
     def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-        """Sampled tokens `[rows]`: argmax of probability over exponential noise is a draw."""
+        """Sampled tokens `[rows]`: where a uniform number falls among the summed probabilities."""
         probs = probabilities(logits, [seq.params for seq in sequences])
-        noise = torch.empty_like(probs)
-        for row, seq in zip(noise, sequences, strict=True):
-            row.exponential_(generator=self._generator(seq, probs.device))
-        return (probs / noise).argmax(dim=-1)
+        sums = probs.cumsum(dim=-1, dtype=torch.double)
+        total = sums[:, -1:]
+        drawn = torch.cat([self._uniform(seq, probs.device) for seq in sequences])[:, None]
+        # Rounded up to the total it would fall behind the last token.
+        places = torch.minimum(drawn * total, total.nextafter(torch.zeros_like(total)))
+        # The first sum above it: a token without probability adds nothing to the one before.
+        tokens = torch.searchsorted(sums, places, right=True)[:, 0]
+        return tokens.clamp(max=probs.shape[-1] - 1)  # of a row of NaN too
+
+    def _uniform(self, seq: Sequence, device: torch.device) -> Tensor:
+        """The sequence's next random number `[1]`, in [0, 1)."""
+        generator = self._generator(seq, device)
+        return torch.rand(1, generator=generator, device=device, dtype=torch.double)
 
     def _generator(self, seq: Sequence, device: torch.device) -> torch.Generator:
         generator = self._generators.get(seq.key)
@@ -174,8 +185,9 @@ def probabilities(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
         logits: `[rows, vocab]`, penalties applied. params: one for each row, temperature above 0.
     """
     logits = logits / _column(logits, [p.temperature for p in params])
-    if any(p.top_k is not None or p.top_p < 1 for p in params):
-        logits = _keep_top(logits, params)
+    cut = [i for i, p in enumerate(params) if p.top_k is not None or p.top_p < 1]
+    if cut:
+        logits[cut] = _keep_top(logits[cut], [params[i] for i in cut])
     probs = torch.softmax(logits, dim=-1)
     if any(p.min_p > 0 for p in params):
         floor = _column(logits, [p.min_p for p in params]) * probs.amax(-1, keepdim=True)
@@ -184,18 +196,37 @@ def probabilities(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
 
 
 def _keep_top(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
-    """−inf outside each row's top_k and top_p; the likeliest token always stays."""
-    values, order = logits.sort(dim=-1, descending=True)
+    """−inf outside each row's top_k and top_p; the likeliest token always stays.
+
+    Which tokens a row keeps depends on that row alone, not on which others had to be sorted.
+    """
     vocab = logits.shape[-1]
-    top_k = _column(logits, [p.top_k or vocab for p in params])
-    # Rounded sums pass 1 before the last token: a row that keeps all must not lose its tail.
+    kept, is_enough = _keep_among(logits, params, min(vocab, _NUM_CANDIDATES))
+    left = [i for i, enough in enumerate(is_enough.tolist()) if not enough]
+    if left:
+        kept[left], _ = _keep_among(logits[left], [params[i] for i in left], vocab)
+    return kept
+
+
+def _keep_among(logits: Tensor, params: Seq[SamplingParams], num: int) -> tuple[Tensor, Tensor]:
+    """As `_keep_top`, of each row's `num` likeliest tokens; and whether all it keeps are among
+    them, `[rows]`."""
+    vocab = logits.shape[-1]
+    values, order = logits.topk(num, dim=-1)
+    top_k = _column(logits, [min(p.top_k or vocab, vocab) for p in params])
+    # Rounded sums pass 1 before the last token: a row without top_p must not lose its tail.
     top_p = _column(logits, [p.top_p if p.top_p < 1 else torch.inf for p in params])
-    rank = torch.arange(vocab, device=logits.device)[None, :]
+    rank = torch.arange(num, device=logits.device)[None, :]
     values = values.masked_fill(rank >= top_k, -torch.inf)
-    probs = torch.softmax(values, dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    values = values.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
-    return torch.empty_like(logits).scatter_(-1, order, values)
+    is_among = top_k <= num
+    kept_total = values.logsumexp(dim=-1, keepdim=True)
+    total = torch.where(is_among, kept_total, logits.logsumexp(dim=-1, keepdim=True))
+    probs = (values - total).exp()
+    sums = probs.cumsum(dim=-1)
+    values = values.masked_fill((sums - probs >= top_p) & (rank > 0), -torch.inf)
+    reaches = (top_k == vocab) & (sums[:, -1:] >= top_p)
+    is_enough = is_among | reaches
+    return torch.full_like(logits, -torch.inf).scatter_(-1, order, values), is_enough[:, 0]
 
 
 def _column(like: Tensor, values: Seq[float]) -> Tensor:
