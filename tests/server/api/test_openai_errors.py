@@ -64,7 +64,7 @@ def test_a_full_queue_is_a_rate_limit_whose_retry_after_is_kept(small: Served) -
         start = time.monotonic()
         patient = client_of(small, max_retries=1)
         assert patient.completions.create(model="tiny", prompt="a", max_tokens=1).choices
-        assert seconds <= time.monotonic() - start < seconds + 5
+        assert time.monotonic() - start >= seconds
         assert busy.result().status_code == 200
 
 
@@ -73,14 +73,15 @@ def test_a_late_answer_is_not_asked_for_again(tmp_path: Path, streamed: bool) ->
     with serve(tmp_path, request_timeout=0.4) as server:
         slow_down(server, 0.02)
         client = client_of(server, max_retries=3)
-        start = time.monotonic()
         with pytest.raises(openai.APIError) as late:  # noqa: PT012
             answer = client.chat.completions.create(
                 model="tiny", messages=HELLO, max_tokens=400, stream=streamed,
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
             list(answer)
-        assert time.monotonic() - start < 1.5, "one request"
+        status = 200 if streamed else 504
+        name = f'requests_total{{endpoint="/v1/chat/completions",status="{status}"}}'
+        wait_until(lambda: f"{name} 1.0" in server.http.get("/metrics").text)
         assert late.value.code == "request_timeout"
         if not streamed:
             assert isinstance(late.value, openai.InternalServerError)
@@ -89,12 +90,12 @@ def test_a_late_answer_is_not_asked_for_again(tmp_path: Path, streamed: bool) ->
 
 
 def test_a_client_that_gives_up_ends_the_work(small: Served) -> None:
-    slow_down(small, 0.02)
+    slow_down(small, 0.05)  # 20 s in all
     with pytest.raises(openai.APITimeoutError):
         client_of(small, timeout=0.4).completions.create(
             model="tiny", prompt="abc", max_tokens=400, extra_body={"ignore_eos": True}
         )
-    small.wait_idle(3)
+    small.wait_idle(10)
 
 
 def test_a_draining_server_is_unavailable(tmp_path: Path) -> None:
