@@ -26,12 +26,29 @@ def small(tmp_path: Path) -> Iterator[Served]:
         served.wait_idle()
 
 
-def client_of(server: Served, **options: Any) -> openai.OpenAI:
-    options = {"api_key": "key", "max_retries": 0} | options
-    return openai.OpenAI(base_url=f"{server.url}/v1", _strict_response_validation=True, **options)
+class Clients:
+    """Makes clients, and closes them."""
+
+    def __init__(self) -> None:
+        self.made: list[openai.OpenAI] = []
+
+    def __call__(self, server: Served, **options: Any) -> openai.OpenAI:
+        options = {"api_key": "key", "max_retries": 0} | options
+        self.made.append(
+            openai.OpenAI(base_url=f"{server.url}/v1", _strict_response_validation=True, **options)
+        )
+        return self.made[-1]
 
 
-def test_each_status_has_its_type(small: Served) -> None:
+@pytest.fixture
+def client_of() -> Iterator[Clients]:
+    clients = Clients()
+    yield clients
+    for client in clients.made:
+        client.close()
+
+
+def test_each_status_has_its_type(small: Served, client_of: Clients) -> None:
     client = client_of(small)
     with pytest.raises(openai.AuthenticationError) as unknown:
         client_of(small, api_key="wrong").chat.completions.create(model="tiny", messages=HELLO)
@@ -50,7 +67,9 @@ def test_each_status_has_its_type(small: Served) -> None:
     assert bad.value.request_id
 
 
-def test_a_full_queue_is_a_rate_limit_whose_retry_after_is_kept(small: Served) -> None:
+def test_a_full_queue_is_a_rate_limit_whose_retry_after_is_kept(
+    small: Served, client_of: Clients
+) -> None:
     slow_down(small, 0.01)
     with ThreadPoolExecutor(1) as pool:
         body = LONG | {"max_tokens": 60}
@@ -69,7 +88,9 @@ def test_a_full_queue_is_a_rate_limit_whose_retry_after_is_kept(small: Served) -
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_late_answer_is_not_asked_for_again(tmp_path: Path, streamed: bool) -> None:
+def test_a_late_answer_is_not_asked_for_again(
+    tmp_path: Path, streamed: bool, client_of: Clients
+) -> None:
     with serve(tmp_path, request_timeout=0.4) as server:
         slow_down(server, 0.02)
         client = client_of(server, max_retries=3)
@@ -89,7 +110,7 @@ def test_a_late_answer_is_not_asked_for_again(tmp_path: Path, streamed: bool) ->
         server.wait_idle()
 
 
-def test_a_client_that_gives_up_ends_the_work(small: Served) -> None:
+def test_a_client_that_gives_up_ends_the_work(small: Served, client_of: Clients) -> None:
     slow_down(small, 0.05)  # 20 s in all
     with pytest.raises(openai.APITimeoutError):
         client_of(small, timeout=0.4).completions.create(
@@ -98,7 +119,7 @@ def test_a_client_that_gives_up_ends_the_work(small: Served) -> None:
     small.wait_idle(10)
 
 
-def test_a_draining_server_is_unavailable(tmp_path: Path) -> None:
+def test_a_draining_server_is_unavailable(tmp_path: Path, client_of: Clients) -> None:
     with serve(tmp_path) as server:
         slow_down(server, 0.002)
         client = client_of(server)
