@@ -2,8 +2,9 @@
 
 `attach` replaces the modules that primitives act on by wrappers sharing one `AdapterHost`; before
 a forward pass the engine sets the host's batch. A module that no adapter of the batch touches does
-what it did before. On a CPU the kernels compute linear modules with their adapters in one launch;
-what they do not know is done here, after them.
+what it did before. The kernels that `ops.select` gives add low-rank updates, scales and biases to
+linear modules (on a CPU in one launch with the base's map); what they do not know is done here,
+after them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from transformers import PreTrainedModel
 from peftcore.base import BaseModel
 from peftcore.branches import branches_of
 from peftcore.errors import UnsupportedError
-from peftcore.ops import BlocksPart, LowRankPart, MapPart, RowsPart, VectorPart, select
+from peftcore.ops import (
+    BlocksPart,
+    LowRankPart,
+    MapPart,
+    RowsPart,
+    VectorPart,
+    grouped,
+    select,
+)
 from peftcore.ops.bottleneck import BottleneckPart, post_norm, pre_norm
-from peftcore.ops.cpu import kernels, module_id
+from peftcore.ops.cpu import kernels
+from peftcore.ops.segments import module_id
 from peftcore.packing import BoundAdapter, ModuleWeights
 from peftcore.program import surface_of
 from peftcore.quant import QuantLinear
@@ -62,6 +72,9 @@ class AdapterBatch(NamedTuple):
     virtual: Sequence[VirtualRows] = ()
 
 
+_CPU = torch.device("cpu")
+
+
 class AdapterHost:
     """What the wrappers of one model share: the batch that is being computed.
 
@@ -69,6 +82,7 @@ class AdapterHost:
         touched: the paths of the modules on which some adapter of the batch acts, but for what the
             kernels do.
         kernel_tokens, kernel_outputs: the kernels' segments of the batch, or None.
+        kernels: as `ops.select` gives them, or None.
         linears: path → (in, out) of the modules at which the kernels act; None where there are no
             kernels.
         num_rows: the token rows of the running pass, as the input embedding saw them.
@@ -76,7 +90,8 @@ class AdapterHost:
             where a bottleneck reads it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self.kernels: Any = select(device)
         self.num_rows = 0
         self.streams: dict[str, Tensor] = {}
         self.linears: dict[str, tuple[int, int]] | None = None
@@ -91,17 +106,19 @@ class AdapterHost:
         self._batch = batch
         adapters = {segment.adapter for segment in (*batch.tokens, *batch.outputs)}
         self.touched: frozenset[str] = frozenset().union(*(a.modules for a in adapters))
-        self.kernel_tokens = _kernel_segments(batch.tokens)
-        self.kernel_outputs = _kernel_segments(batch.outputs)
+        self.kernel_tokens = self._kernel_batch(batch.tokens)
+        self.kernel_outputs = self._kernel_batch(batch.outputs)
 
-
-def _kernel_segments(segments: Sequence[Segment]) -> Any:
-    given = [
-        (start, end, adapter.kernel, weight)
-        for start, end, adapter, weight in segments
-        if adapter.kernel is not None
-    ]
-    return kernels().Batch(given) if given else None
+    def _kernel_batch(self, segments: Sequence[Segment]) -> Any:
+        given = [
+            (start, end, adapter.kernel, weight)
+            for start, end, adapter, weight in segments
+            if adapter.kernel is not None
+        ]
+        if not given:
+            return None
+        assert self.kernels is not None, "bound for kernels that are not here"
+        return self.kernels.Batch(given)
 
 
 class Part(NamedTuple):
@@ -214,14 +231,15 @@ class AdapterLinear(AdapterModule):
         batch = self.kernel_batch
         if batch is not None and not batch.touches(self.id):
             batch = None
-        if _is_packed(self.base, x):
-            result: Tensor = kernels().linear(x, [self.base.kernel], [self.id], batch)[0]
+        ops = self._host.kernels
+        if ops is kernels() and _is_packed(self.base, x):
+            result: Tensor = ops.linear(x, [self.base.kernel], [self.id], batch)[0]
             return result
         if batch is None:
             return self.base(x)
-        x = kernels().scale_input(x, self.id, batch)
+        x = ops.scale_input(x, self.id, batch)
         y: Tensor = self.base(x).contiguous()
-        kernels().add_adapters_(y, x, self.id, batch)
+        ops.add_adapters_(y, x, self.id, batch)
         return y
 
     def changed_input(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -233,10 +251,9 @@ class AdapterLinear(AdapterModule):
             if weights.input_scale is not None:
                 scales.append(VectorPart(start, end, weights.input_scale))
         if rotations or scales:
-            ops = select(x.device)
             x = x.clone()
-            ops.rotate_(_rows(x), rotations)
-            ops.scale_(_rows(x), scales)
+            grouped.rotate_(_rows(x), rotations)
+            grouped.scale_(_rows(x), scales)
         return x
 
     def finish(self, result: Tensor, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -259,14 +276,14 @@ class AdapterLinear(AdapterModule):
                 biases.append(VectorPart(start, end, weights.bias, factor))
             if weights.rows is not None:
                 columns.append(RowsPart(start, end, *weights.rows))
-        ops = select(x.device)
         x, y = _rows(x), _rows(result)
-        ops.set_linear_(y, x, overrides)
-        ops.add_low_rank_(y, x, low_rank)
-        ops.scale_(y, output_scales)
-        ops.add_(y, biases)
+        grouped.set_linear_(y, x, overrides)
+        grouped.add_low_rank_(y, x, low_rank)
+        grouped.scale_(y, output_scales)
+        grouped.add_(y, biases)
         if columns:
-            ops.set_columns_(y, x, columns, self.base.bias)
+            bias: Any = self.base.bias
+            grouped.set_columns_(y, x, columns, bias)
         return self.through_bottlenecks(result, parts)
 
 
@@ -289,10 +306,14 @@ def linears(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         for m, p in zip(modules, parts, strict=True)
     ]
     results: list[Tensor]
-    if all(given is x for given in inputs) and all(_is_packed(base, x) for base in bases):
-        batch = wrapped[0].kernel_batch if wrapped else None
-        ids = [m.id if isinstance(m, AdapterLinear) else -1 for m in modules]
-        results = kernels().linear(x, [base.kernel for base in bases], ids, batch)
+    batch = wrapped[0].kernel_batch if wrapped else None
+    ops = wrapped[0]._host.kernels if wrapped else kernels()
+    shared = all(given is x for given in inputs)
+    ids = [m.id if isinstance(m, AdapterLinear) else -1 for m in modules]
+    if shared and ops is kernels() and all(_is_packed(base, x) for base in bases):
+        results = ops.linear(x, [base.kernel for base in bases], ids, batch)
+    elif shared and ops is not kernels() and batch is not None:
+        results = ops.linear(x, bases, ids, batch)
     else:
         results = [
             m.compute(given) if isinstance(m, AdapterLinear) else m(given)
@@ -322,7 +343,7 @@ class AdapterNorm(AdapterModule):
         for start, end, weights, _ in parts:
             if weights.override is not None:
                 y[start:end] = self._overridden(x[start:end], *weights.override)
-        select(x.device).add_(
+        grouped.add_(
             y,
             [
                 VectorPart(start, end, weights.bias, factor)
@@ -397,9 +418,8 @@ class AdapterEmbedding(AdapterModule):
                 low_rank.append(LowRankPart(start, end, update.a_t, update.b_t, scale))
             if weights.rows is not None:
                 rows.append(RowsPart(start, end, *weights.rows, self.scale))
-        ops = select(y.device)
-        ops.add_low_rank_of_ids_(y, token_ids, low_rank)
-        ops.set_rows_of_ids_(y, token_ids, rows)
+        grouped.add_low_rank_of_ids_(y, token_ids, low_rank)
+        grouped.set_rows_of_ids_(y, token_ids, rows)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -413,9 +433,10 @@ def attach(model: PreTrainedModel, base: BaseModel) -> AdapterHost:
     Args:
         model: the model that `base` describes, not wrapped yet.
     """
-    host = AdapterHost()
-    if next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32:
-        host.linears = {} if kernels() is not None else None
+    device = next(model.parameters()).device
+    host = AdapterHost(device)
+    if host.kernels is not None and (device.type != "cpu" or model.dtype == torch.float32):
+        host.linears = {}
     embedding = model.get_input_embeddings()
     try:
         branches = {branch.path: branch for branch in branches_of(base)}

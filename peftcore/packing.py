@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftcore.arena import aligned
-from peftcore.ops.cpu import kernels, module_id
+from peftcore.ops import select
+from peftcore.ops.segments import module_id
 from peftcore.ops.tiles import tiled, untiled
 from peftcore.primitives import (
     BiasDelta,
@@ -121,7 +122,7 @@ class BoundAdapter:
 
     Attributes:
         modules: module path → what it does there, but for what `kernel` does.
-        kernel: the CPU kernels' adapter: low-rank updates, scales and biases at linear modules.
+        kernel: the kernels' adapter: low-rank updates, scales and biases at linear modules.
         prefix: layer → keys `[n, kv_heads, head_dim]` and values.
         virtual_tokens: `[n, hidden]`, or None.
     """
@@ -276,7 +277,7 @@ def bind(
     """The views of an adapter that lies in `buffer`, uint8, at `offset`.
 
     Args:
-        linears: path → (in, out) of the modules at which the CPU kernels act; None for nowhere.
+        linears: path → (in, out) of the modules at which kernels act; None for nowhere.
     """
     bound = BoundAdapter(digest)
     for primitive, places in layout:
@@ -296,13 +297,16 @@ def bind(
                 if isinstance(at_module, Bottleneck) and at_module.stream is not None:
                     bound.modules.setdefault(at_module.stream, ModuleWeights()).is_stream = True
     if linears is not None:
-        _give_to_kernels(bound, linears)
+        ops = select(buffer.device)
+        assert ops is not None, "linears are named where there are kernels"
+        _give_to_kernels(bound, ops.Adapter(), linears)
     return bound
 
 
-def _give_to_kernels(bound: BoundAdapter, linears: Mapping[str, tuple[int, int]]) -> None:
-    """Move what the kernels do from `modules` to `kernel`."""
-    adapter = kernels().Adapter()
+def _give_to_kernels(
+    bound: BoundAdapter, adapter: Any, linears: Mapping[str, tuple[int, int]]
+) -> None:
+    """Move what the kernels do from `modules` to `kernel`, which is `adapter`."""
     for path in [path for path in bound.modules if path in linears]:
         weights = bound.modules[path]
         if not weights.is_simple:

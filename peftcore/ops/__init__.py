@@ -1,23 +1,91 @@
 """Segmented operations: each acts on the rows of a packed batch that belong to adapters.
 
-One dispatch: `select(device)` gives the module that implements the operations below for a device.
-Every implementation has the signatures of `reference`, which is plain and slow and the oracle of
-the tests.
+    reference   row by row in float64: what the others are tested against
+    grouped     torch, one operation a segment: all primitives, on any device
+    cpu         C++: low-rank updates, scales and biases of a whole batch at a module, in one
+                launch with the base's map
+    triton      the same updates, scales and biases on a GPU, in two launches for all modules that
+                share an input
+
+`grouped` has the signatures of `reference`. `cpu` and `triton` share those of `Kernels`; `select`
+is the one place that chooses between them, and what neither knows `grouped` computes after them.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
-from peftcore.ops import grouped
 from peftcore.ops.segments import BlocksPart, LowRankPart, MapPart, RowsPart, VectorPart
 
-
-def select(device: torch.device) -> ModuleType:
-    """The implementation for `device`: the functions of `reference`."""
-    return grouped
+#: Forces one implementation: "cpu", "triton" (on a CPU by TRITON_INTERPRET=1) or "torch".
+VARIABLE = "POLYPEFT_OPS"
 
 
-__all__ = ["BlocksPart", "LowRankPart", "MapPart", "RowsPart", "VectorPart", "select"]
+class Kernels(Protocol):
+    """What computes a batch's low-rank updates, scales and biases at linear modules.
+
+    Attributes:
+        Adapter: `Adapter()`, then for each module
+            `set(id, in_, out, *, a, b, scale, in_scale, out_scale, bias)`: a `[rank, in]`, b in
+            tiles `[tiles, rank, 16]`, vectors `[in]` or `[out]`, each or None.
+        Batch: `Batch([(start, end, adapter, weight)])`; `touches(id)`: does it act at a module?
+    """
+
+    Adapter: Any
+    Batch: Any
+
+    def linear(
+        self, x: Tensor, weights: Sequence[Any], ids: Sequence[int], batch: Any
+    ) -> list[Tensor]:
+        """The bases' maps of x `[..., in]` with what the batch does at each; new tensors."""
+        ...
+
+    def scale_input(self, x: Tensor, id: int, batch: Any) -> Tensor:
+        """x ⊙ the input scales in a copy; x itself where there are none."""
+        ...
+
+    def add_adapters_(self, y: Tensor, x: Tensor, id: int, batch: Any) -> None:
+        """Updates, then output scales, then biases, on y `[..., out]`; x is scaled already."""
+        ...
+
+
+def select(device: torch.device) -> Kernels | None:
+    """The kernels for what lies on `device`; None where torch alone computes.
+
+    Raises:
+        ValueError: the environment forces what is not known.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced not in (None, "cpu", "triton", "torch"):
+        raise ValueError(f"{VARIABLE}={forced}: not cpu, triton or torch")
+    if forced == "triton" or (forced is None and device.type == "cuda" and _has_triton()):
+        from peftcore.ops import triton
+
+        return cast(Kernels, triton)
+    if forced == "torch" or device.type != "cpu":
+        return None
+    from peftcore.ops.cpu import kernels
+
+    return cast("Kernels | None", kernels())
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+__all__ = [
+    "VARIABLE",
+    "BlocksPart",
+    "Kernels",
+    "LowRankPart",
+    "MapPart",
+    "RowsPart",
+    "VectorPart",
+    "select",
+]

@@ -1,7 +1,8 @@
-"""Which rows an operation touches, and with what."""
+"""Which rows an operation touches, at which module, and with what."""
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -55,3 +56,12 @@ class RowsPart(NamedTuple):
     ids: Tensor
     rows: Tensor
     scale: float = 1.0
+
+
+_ids: dict[str, int] = {}
+_counter = itertools.count()
+
+
+def module_id(path: str) -> int:
+    """A number for a module's path, the same for the life of the process."""
+    return _ids.setdefault(path, next(_counter))

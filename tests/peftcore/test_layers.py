@@ -148,7 +148,7 @@ def test_a_wrapper_has_the_attributes_of_its_module() -> None:
 def test_kernels_are_for_float32_and_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     _, host = attached(tiny.llama().bfloat16())
     assert host.linears is None
-    monkeypatch.setattr(layers, "kernels", lambda: None)
+    monkeypatch.setattr(layers, "select", lambda device: None)
     _, host = attached(tiny.llama())
     assert host.linears is None
 

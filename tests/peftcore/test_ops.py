@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftcore.ops import (
+    VARIABLE,
     BlocksPart,
     LowRankPart,
     MapPart,
@@ -22,6 +23,7 @@ from peftcore.ops import (
     reference,
     select,
 )
+from peftcore.ops.cpu import kernels
 
 OPS = {"reference": reference, "grouped": grouped}
 POPULARITIES = ["distinct", "identical", "uniform", "zipf", "skewed"]
@@ -317,10 +319,21 @@ def test_a_row_does_not_depend_on_its_segments_length() -> None:
             torch.testing.assert_close(alone[0], together[i], atol=2e-5, rtol=1e-5)
 
 
-def test_select_gives_the_operations_of_the_reference() -> None:
-    ops = select(torch.device("cpu"))
+def test_select_chooses_by_device_and_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert select(cpu) is kernels()
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert select(cpu) is None
+    assert select(torch.device("cuda")) is None
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match="POLYPEFT_OPS=fast"):
+        select(cpu)
+
+
+def test_grouped_has_the_operations_of_the_reference() -> None:
     names = [n for n, f in vars(reference).items() if inspect.isfunction(f)]
     assert len(names) == 8
     for name in names:
-        mine, plain = (inspect.signature(getattr(m, name)) for m in (ops, reference))
+        mine, plain = (inspect.signature(getattr(m, name)) for m in (grouped, reference))
         assert list(mine.parameters) == list(plain.parameters)

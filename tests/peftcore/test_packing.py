@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcore.arena import ALIGNMENT, AdapterArena
 from peftcore.base import BaseModel
-from peftcore.ops.cpu import kernels, kernels_status, module_id
+from peftcore.ops.cpu import kernels, kernels_status
+from peftcore.ops.segments import module_id
 from peftcore.ops.tiles import num_tiles, tiled, untiled
 from peftcore.packing import (
     BoundAdapter,

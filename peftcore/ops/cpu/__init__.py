@@ -6,7 +6,6 @@ The headers beside this file say what each function computes.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from functools import cache
 from types import ModuleType
@@ -38,13 +37,4 @@ def kernels_status() -> str:
     return text if module is not None else f"torch: {text}"
 
 
-_ids: dict[str, int] = {}
-_counter = itertools.count()
-
-
-def module_id(path: str) -> int:
-    """A number for a module's path, the same for the life of the process."""
-    return _ids.setdefault(path, next(_counter))
-
-
-__all__ = ["kernels", "kernels_status", "module_id"]
+__all__ = ["kernels", "kernels_status"]
