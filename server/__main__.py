@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import sys
 from functools import partial
 
@@ -54,7 +55,8 @@ def serve(settings: Settings) -> None:
     # What follows takes seconds to import; --help does not wait for it.
     import torch
 
-    if settings.device == "cpu" or not torch.cuda.is_available():
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and os.environ.get("POLYPEFT_OPS") != "triton":
         # torch imports triton wherever it is installed: 80 MB that a CPU has no use for.
         sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
     from peftcore.memory import bound_malloc

@@ -1,0 +1,62 @@
+"""An engine whose adapters are computed by Triton: every request as HF peft alone computes it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftcore.ops import VARIABLE
+from peftcore.ops.cpu import kernels
+from tests import tiny
+from tests.recorder import Recorder, compare
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="there is no triton for this platform")
+    monkeypatch.setenv(VARIABLE, "triton")
+
+
+def _registered(model: Any, folder: Path, **changes: Any) -> tuple[Any, dict[str, Path]]:
+    runtime = tiny.runtime(model, folder / "data", **changes)
+    paths: dict[str, Path] = {}
+    for seed, (name, config) in enumerate(tiny.peft_configs(model.config.model_type).items()):
+        paths[name] = tiny.save_random_adapter(model, config, folder / name, seed)
+        runtime.adapters.register(
+            name,
+            (paths[name] / "adapter_config.json").read_bytes(),
+            paths[name] / "adapter_model.safetensors",
+        )
+    return runtime, paths
+
+
+def test_all_methods_in_one_batch(tmp_path: Path) -> None:
+    """Beside the base, a mixture and a weighted adapter; prompts, then decoding."""
+    from peftcore.ops import triton
+
+    model = tiny.llama(num_hidden_layers=2)
+    runtime, paths = _registered(model, tmp_path, max_num_batched_tokens=512, max_num_seqs=64)
+    host = runtime.engine.runner.loaded.host
+    assert host.kernels is triton
+    assert host.kernels is not kernels()
+    recorder = Recorder(runtime)
+    mixture = [("lora-r4", 0.75), ("lora-r8-all", 0.5), ("lora-r16-rslora", -0.5)]
+    requests = [(name, [(name, 1.0)]) for name in paths]
+    requests += [("tiny", []), ("mixture", mixture), ("half", [("lora_bias", 0.5)])]
+    rng, sequences = random.Random(0), []
+    for label, parts in requests:
+        mixed = label in ("mixture", "half")
+        lease = runtime.adapters.lease("tiny", parts) if mixed else runtime.adapters.lease(label)
+        with lease:
+            prompt = [rng.randrange(256) for _ in range(rng.randint(2, 20))]
+            sequences.append((recorder.add(label, prompt, lease, max_tokens=3), parts))
+    recorder.run()
+    for seq, parts in sequences:
+        oracle = tiny.PeftOracle(model, [(paths[name], weight) for name, weight in parts])
+        assert compare(recorder, seq, oracle) < 1e-4, seq.key
+    assert max(len({c.seq.cache_seed for c in b.chunks}) for b in recorder.batches) >= 10
+    runtime.check_integrity()
+    runtime.close()
