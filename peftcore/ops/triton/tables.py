@@ -8,7 +8,9 @@ tables and its lists of work, so that a step copies some kilobytes whatever the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -27,19 +29,36 @@ ROWS = 16
 RANKS = 16
 
 
+@dataclass(eq=False)
+class Sites:
+    """Where an adapter acts, whatever its values: one object for all adapters of the same sites, so
+    that a batch of many asks few.
+
+    Attributes:
+        sizes: module's id → (in, out).
+        scaling: ids of the modules whose input it scales.
+    """
+
+    sizes: dict[int, tuple[int, int]]
+    scaling: frozenset[int]
+
+
+_sites: WeakValueDictionary[frozenset[tuple[int, int, int, bool]], Sites] = WeakValueDictionary()
+
+
 class Adapter:
-    """A resident adapter: what it does at each module, by the module's id."""
+    """A resident adapter: what it does at each module, by the module's id.
+
+    Attributes:
+        max_rank: of its updates.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[int, list[int]] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._held: list[Tensor] = []
-        self._table: Tensor | None = None
-        self._device = torch.device("cpu")
+        self._bound: Bound | None = None
         self.max_rank = 0
-        #: Modules at which it does anything, and those whose input it scales.
-        self.ids: frozenset[int] = frozenset()
-        self.scaling: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -77,38 +96,37 @@ class Adapter:
                 row[field] = vector.data_ptr()
         if there:
             row[VECTOR_TYPE] = TYPES[there[0].dtype]
-        held = [t for t in (a, b, *there) if t is not None]
-        if held:
-            self._device = held[0].device
-        self._held += held
+        self._held += [t for t in (a, b, *there) if t is not None]
         self._rows[id] = row
         self._sizes[id] = (in_, out)
-        self._table = None
-        self.ids |= {id}
-        self.scaling = (self.scaling | {id}) if in_scale is not None else self.scaling - {id}
-
-    def check(self, id: int, in_: int, out: int | None) -> None:
-        """Raises ValueError if it was made for other sizes at this module; `out` None: of any."""
-        sizes = self._sizes.get(id)
-        if sizes is not None and (sizes[0] != in_ or out not in (None, sizes[1])):
-            raise ValueError(f"module {id}: an adapter for {sizes[::-1]} meets {(out, in_)}")
+        self._bound = None
 
     @property
-    def first(self) -> int:
-        """The id of the table's first row."""
-        return min(self._rows, default=0)
-
-    @property
-    def table(self) -> Tensor:
-        """`[ids from first to last, FIELDS]` on the adapter's device; zeros where it does nothing.
-        Rows must not move while a batch holds the adapter."""
-        if self._table is None:
-            first = self.first
+    def bound(self) -> Bound:
+        """Its table, made at the first call after `set`; it stays where it is until the next."""
+        if self._bound is None:
+            first = min(self._rows, default=0)
             host = np.zeros((max(self._rows, default=first) - first + 1, FIELDS), np.int64)
             for id, row in self._rows.items():
                 host[id - first] = row
-            self._table = torch.from_numpy(host).to(self._device, non_blocking=True)
-        return self._table
+            device = self._held[0].device if self._held else torch.device("cpu")
+            table = torch.from_numpy(host).to(device)
+            scaling = frozenset(id for id, row in self._rows.items() if row[IN_SCALE])
+            key = frozenset((id, *size, id in scaling) for id, size in self._sizes.items())
+            sites = _sites.get(key)
+            if sites is None:
+                sites = _sites[key] = Sites(dict(self._sizes), scaling)
+            self._bound = Bound(table, (table.data_ptr(), first, len(table)), sites)
+        return self._bound
+
+
+class Bound(NamedTuple):
+    """table: `[ids from first to last, FIELDS]` on the device, zeros where nothing is done; record:
+    its address, first id and length, for a segment's row."""
+
+    table: Tensor
+    record: tuple[int, int, int]
+    sites: Sites
 
 
 def _check(name: str, tensor: Tensor, size: int, dtype: torch.dtype) -> None:
@@ -169,7 +187,7 @@ class Batch:
         lists = _lists(given)
         self.capacity = capacity or Capacity(*map(len, lists))
         if device is None:
-            device = given[0][2].table.device if given else "cpu"
+            device = given[0][2].bound.table.device if given else "cpu"
         sizes = [n * width for n, width in zip(self.capacity, WIDTHS, strict=True)]
         self._buffer = torch.zeros(max(1, sum(sizes)), dtype=torch.int64, device=device)
         self._host = torch.zeros(
@@ -201,10 +219,13 @@ class Batch:
         self._buffer.copy_(self._host, non_blocking=True)
         self.adapters = list({id(adapter): adapter for _, _, adapter, _ in given}.values())
         self.num_rows = max((end for start, end, _, _ in given if end > start), default=0)
-        acting = {id(a): a for start, end, a, _ in given if end > start}.values()
-        self._ids: frozenset[int] = frozenset().union(*(a.ids for a in self.adapters))
-        self._acting: frozenset[int] = frozenset().union(*(a.ids for a in acting))
-        self._scaling: frozenset[int] = frozenset().union(*(a.scaling for a in acting))
+        self._sites = list({id(a.bound.sites): a.bound.sites for a in self.adapters}.values())
+        acting = {
+            id(s): s for s in (a.bound.sites for start, end, a, _ in given if end > start)
+        }.values()
+        self._ids: frozenset[int] = frozenset().union(*(s.sizes for s in self._sites))
+        self._acting: frozenset[int] = frozenset().union(*(s.sizes for s in acting))
+        self._scaling: frozenset[int] = frozenset().union(*(s.scaling for s in acting))
 
     def touches(self, id: int) -> bool:
         return self.static or id in self._ids
@@ -221,8 +242,10 @@ class Batch:
         """Raises ValueError unless its adapters fit a module of these sizes, and x has its rows."""
         if self.num_rows > num_rows:
             raise ValueError(f"segments up to row {self.num_rows} of {num_rows} rows")
-        for adapter in self.adapters:
-            adapter.check(id, in_, out)
+        for sites in self._sites:
+            sizes = sites.sizes.get(id)
+            if sizes is not None and (sizes[0] != in_ or out not in (None, sizes[1])):
+                raise ValueError(f"module {id}: an adapter for {sizes[::-1]} meets {(out, in_)}")
 
 
 def _lists(given: Given) -> list[np.ndarray]:
@@ -233,10 +256,9 @@ def _lists(given: Given) -> list[np.ndarray]:
     given = [g for g in given if g[1] > g[0]]
     if not given:
         return [np.zeros((0, width), np.int64) for width in WIDTHS]
-    tables = {id(g[2]): (g[2].table.data_ptr(), g[2].first, len(g[2].table)) for g in given}
-    segments = np.array(
-        [(*tables[id(a)], np.float32(w).view(np.int32)) for _, _, a, w in given], np.int64
-    )
+    segments = np.empty((len(given), WIDTHS.segments), np.int64)
+    segments[:, :3] = [adapter.bound.record for _, _, adapter, _ in given]
+    segments[:, 3] = np.array([weight for *_, weight in given], np.float32).view(np.int32)
     starts, ends, ranks = (
         np.array(column, np.int64)
         for column in zip(*((s, e, a.max_rank) for s, e, a, _ in given), strict=True)
