@@ -38,7 +38,9 @@ from torch import Tensor
 from loadtests.gpu_account import MODELS, Shapes
 from loadtests.gpu_check import facts
 from loadtests.traffic import choose
-from peftcore.ops import LowRankPart, grouped, select
+from peftcore.ops import Kernels, LowRankPart, grouped, select
+from peftcore.ops.cpu import kernels
+from peftcore.ops.tiles import tiled
 
 OURS, LOOP, GATHERED, GROUPED = "ours", "torch loop", "gathered bmm", "torch grouped_mm"
 _SMOKE = Shapes("tiny", 64, 96, 1, 4, 2, 16, 128)
@@ -180,17 +182,34 @@ def _parts(module: Module, segments: Sequence[Segment]) -> list[LowRankPart]:
     return [LowRankPart(s, e, module.a[o], module.b[o], 1.0) for s, e, o in segments]
 
 
-def _by(implementation: Any) -> Callable[[Sequence[Module], Sequence[Segment]], Call]:
+def _ours(ops: Kernels) -> Callable[[Sequence[Module], Sequence[Segment]], Call]:
+    """The kernels that serve, a module at a time: no two of a layer have the same inputs here."""
+
     def prepare(layer: Sequence[Module], segments: Sequence[Segment]) -> Call:
-        parts = [_parts(module, segments) for module in layer]
+        adapters = {owner: ops.Adapter() for *_, owner in segments}
+        for owner, adapter in adapters.items():
+            for i, m in enumerate(layer):
+                down, up = m.a[owner].t().contiguous(), tiled(m.b[owner].t())
+                adapter.set(i, m.x.shape[1], m.y.shape[1], a=down, b=up, scale=1.0)
+        batch = ops.Batch([(start, end, adapters[owner], 1.0) for start, end, owner in segments])
 
         def call() -> None:
-            for module, of_one in zip(layer, parts, strict=True):
-                implementation.add_low_rank_(module.y, module.x, of_one)
+            for i, m in enumerate(layer):
+                ops.add_adapters_(m.y, m.x, i, batch)
 
         return call
 
     return prepare
+
+
+def _loop(layer: Sequence[Module], segments: Sequence[Segment]) -> Call:
+    parts = [_parts(module, segments) for module in layer]
+
+    def call() -> None:
+        for module, of_one in zip(layer, parts, strict=True):
+            grouped.add_low_rank_(module.y, module.x, of_one)
+
+    return call
 
 
 def _gathered(layer: Sequence[Module], segments: Sequence[Segment]) -> Call:
@@ -223,10 +242,10 @@ def _grouped_mm(layer: Sequence[Module], segments: Sequence[Segment]) -> Call:
 
 
 def contenders(device: torch.device) -> dict[str, Callable[..., Call]]:
-    """By name. Ours is the loop itself where `select` has nothing better for the device."""
-    made = {LOOP: _by(grouped), GATHERED: _gathered, GROUPED: _grouped_mm}
+    """By name. Ours only where Triton's kernels are chosen: a CPU's know no bfloat16 outputs."""
+    made = {LOOP: _loop, GATHERED: _gathered, GROUPED: _grouped_mm}
     ours = select(device)
-    return made if ours is grouped else {OURS: _by(ours), **made}
+    return made if ours is None or ours is kernels() else {OURS: _ours(ours), **made}
 
 
 # -- the measurement -------------------------------------------------------------------------------
