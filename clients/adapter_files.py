@@ -1,4 +1,4 @@
-"""An adapter's two files, wherever they lie, looked at before they are sent.
+"""An adapter's files, wherever they lie, looked at before they are sent.
 
 What is looked at is what a glance tells: that there are two, that one is a JSON object and the
 other safetensors of the length that it says. Whether it fits the base only the server knows.
@@ -25,8 +25,17 @@ MODEL_CONFIG_NAME = "config.json"
 #: As PEFT names the weights, and as AdapterHub does.
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter.safetensors")
 WEIGHTS_NAME = WEIGHTS_NAMES[0]
+#: What AdapterHub saves beside the adapter of a model with a head.
+HEAD_NAME = "model_head.safetensors"
+HEAD_CONFIG_NAME = "head_config.json"
+PICKLED_HEAD_NAME = "pytorch_model_head.bin"
 #: As PEFT names them where it is told to pickle.
 PICKLED_NAMES = ("adapter_model.bin", "pytorch_adapter.bin")
+
+#: Everything that is looked for.
+_NAMES = {
+    CONFIG_NAME, MODEL_CONFIG_NAME, *WEIGHTS_NAMES, HEAD_NAME, HEAD_CONFIG_NAME, PICKLED_HEAD_NAME
+}  # fmt: skip
 
 #: Longest header that safetensors itself takes, in bytes.
 _MAX_HEADER_BYTES = 100_000_000
@@ -40,12 +49,15 @@ class AdapterFiles:
         weights: a path as long as the files are open.
         weights_name: what the weights are called.
         model_config: the config.json beside them, or None.
+        head, head_config: AdapterHub's head beside them, or None.
     """
 
     config: bytes
     weights: Path
     weights_name: str
     model_config: bytes | None = None
+    head: Path | None = None
+    head_config: bytes | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -87,13 +99,32 @@ def _in_folder(folder: Path) -> AdapterFiles:
 
 
 def _beside(weights: Path) -> AdapterFiles:
-    labels = weights.parent / MODEL_CONFIG_NAME
+    folder = weights.parent
+    head = folder / HEAD_NAME
+    if weights.name == WEIGHTS_NAME:  # PEFT's, which hold their heads
+        return AdapterFiles(
+            _read(folder / CONFIG_NAME),
+            weights,
+            weights.name,
+            _read_if_there(folder / MODEL_CONFIG_NAME),
+        )
+    if not head.is_file() and (folder / PICKLED_HEAD_NAME).is_file():
+        raise InvalidInput(
+            f"{folder}: {PICKLED_HEAD_NAME} is pickled, which no server loads; save the adapter "
+            "again with use_safetensors=True"
+        )
     return AdapterFiles(
-        _read(weights.parent / CONFIG_NAME),
+        _read(folder / CONFIG_NAME),
         weights,
         weights.name,
-        labels.read_bytes() if labels.is_file() else None,
+        _read_if_there(folder / MODEL_CONFIG_NAME),
+        head if head.is_file() else None,
+        _read_if_there(folder / HEAD_CONFIG_NAME) if head.is_file() else None,
     )
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _no_weights(where: str, names: set[str]) -> str:
@@ -117,7 +148,7 @@ def _read(path: Path) -> bytes:
 
 @contextmanager
 def _unzipped(path: Path) -> Iterator[AdapterFiles]:
-    """The weights as a file, for as long as they are needed; nothing else is unpacked."""
+    """The zip's files in a folder, for as long as they are needed; nothing else is unpacked."""
     with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as scratch:
         names = {
             PurePosixPath(member.filename).name: member
@@ -126,18 +157,15 @@ def _unzipped(path: Path) -> Iterator[AdapterFiles]:
         }
         if CONFIG_NAME not in names:
             raise InvalidInput(f"{path}: has no {CONFIG_NAME}; zip the folder that PEFT wrote")
-        name = next((name for name in WEIGHTS_NAMES if name in names), None)
-        if name is None:
+        if not names.keys() & set(WEIGHTS_NAMES):
             raise InvalidInput(_no_weights(str(path), set(names)))
-        weights = Path(scratch) / name
         try:
-            config = archive.read(names[CONFIG_NAME])
-            labels = archive.read(names[MODEL_CONFIG_NAME]) if MODEL_CONFIG_NAME in names else None
-            with archive.open(names[name]) as packed, weights.open("wb") as file:
-                shutil.copyfileobj(packed, file)
+            for name in names.keys() & _NAMES:
+                with archive.open(names[name]) as packed, (Path(scratch) / name).open("wb") as file:
+                    shutil.copyfileobj(packed, file)
         except (zipfile.BadZipFile, RuntimeError) as exc:  # damaged, or under a password
             raise InvalidInput(f"{path}: {exc}") from None
-        yield AdapterFiles(config, weights, name, labels)
+        yield _in_folder(Path(scratch))
 
 
 def _check(files: AdapterFiles, path: Path) -> None:
@@ -147,8 +175,9 @@ def _check(files: AdapterFiles, path: Path) -> None:
         raise InvalidInput(f"{path}: {CONFIG_NAME} is not JSON: {exc}") from None
     if not isinstance(config, dict):
         raise InvalidInput(f"{path}: {CONFIG_NAME} is not a JSON object")
-    if (problem := _safetensors_problem(files.weights)) is not None:
-        raise InvalidInput(f"{path}: {files.weights_name} {problem}")
+    for weights in (files.weights, files.head):
+        if weights is not None and (problem := _safetensors_problem(weights)) is not None:
+            raise InvalidInput(f"{path}: {weights.name} {problem}")
 
 
 def _safetensors_problem(path: Path) -> str | None:
@@ -202,6 +231,8 @@ class Watched:
 
 __all__ = [
     "CONFIG_NAME",
+    "HEAD_CONFIG_NAME",
+    "HEAD_NAME",
     "MODEL_CONFIG_NAME",
     "WEIGHTS_NAME",
     "AdapterFiles",

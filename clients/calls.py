@@ -13,7 +13,14 @@ from urllib.parse import quote
 
 import httpx
 
-from clients.adapter_files import CONFIG_NAME, MODEL_CONFIG_NAME, AdapterFiles, Watched
+from clients.adapter_files import (
+    CONFIG_NAME,
+    HEAD_CONFIG_NAME,
+    HEAD_NAME,
+    MODEL_CONFIG_NAME,
+    AdapterFiles,
+    Watched,
+)
 from clients.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -207,6 +214,10 @@ def push_adapter(
         }
         if files.model_config is not None:
             parts["id2label"] = (MODEL_CONFIG_NAME, files.model_config)
+        if files.head is not None:
+            parts["head"] = (HEAD_NAME, files.head.read_bytes())
+        if files.head_config is not None:
+            parts["head_config"] = (HEAD_CONFIG_NAME, files.head_config)
         yield Call(
             "POST", "/v1/adapters", Adapter.of, options={"data": {"name": name}, "files": parts}
         )

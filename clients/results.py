@@ -88,30 +88,46 @@ class ClassifiedToken:
 
 
 @dataclass(frozen=True)
+class Entity:
+    """Neighbouring tokens of one class: characters `start` to `end` of the text."""
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Classification:
     """One text's class, or its tokens' classes.
 
     Attributes:
         index: which of the texts.
         label, probs: the likeliest class, and the probability of every one in the model's order;
-            None from an adapter that classifies tokens.
-        tokens: from such an adapter alone.
+            None from a regression and from an adapter that classifies tokens.
+        labels: of multi-label classes those of probability 0.5 and more.
+        values: from a regression alone.
+        tokens, entities: from an adapter that classifies tokens, the one or the other.
     """
 
     index: int
     num_classes: int
     label: str | None = None
     probs: Sequence[float] | None = None
+    labels: Sequence[str] | None = None
+    values: Sequence[float] | None = None
     tokens: Sequence[ClassifiedToken] | None = None
+    entities: Sequence[Entity] | None = None
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Classification:
         known = {f.name: body[f.name] for f in fields(cls) if f.name in body}
-        if known.get("tokens") is not None:
-            known["tokens"] = [
-                ClassifiedToken(**{f.name: token[f.name] for f in fields(ClassifiedToken)})
-                for token in known["tokens"]
-            ]
+        for name, kind in (("tokens", ClassifiedToken), ("entities", Entity)):
+            if known.get(name) is not None:
+                known[name] = [
+                    kind(**{f.name: part[f.name] for f in fields(kind)}) for part in known[name]
+                ]
         return cls(**known)
 
 
@@ -130,4 +146,4 @@ class Embeddings:
         return cls([row["embedding"] for row in rows], body["model"], usage.get("prompt_tokens", 0))
 
 
-__all__ = ["Adapter", "Classification", "ClassifiedToken", "Embeddings", "Reply"]
+__all__ = ["Adapter", "Classification", "ClassifiedToken", "Embeddings", "Entity", "Reply"]

@@ -11,6 +11,8 @@ import torch
 
 from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
+from peftcore.checkpoint import adapterhub_format
+from peftcore.checkpoint.adapterhub_heads import HEAD_CONFIG_NAME, HEAD_NAME
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.memory import trim_malloc
 from peftcore.ops.cpu import kernels, kernels_status
@@ -308,14 +310,22 @@ def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore
 def preload(runtime: Runtime, folder: Path) -> None:
     """Register every adapter folder in `folder` by its name; one that is refused is reported."""
     for path in sorted(p for p in folder.iterdir() if (p / CONFIG_NAME).is_file()):
-        model_config = path / "config.json"
+        weights, head = path / WEIGHTS_NAME, None
+        if not weights.is_file():  # AdapterHub's
+            weights, head = path / adapterhub_format.WEIGHTS_NAME, path / HEAD_NAME
         try:
             info, outcome = runtime.adapters.register(
                 path.name,
                 (path / CONFIG_NAME).read_bytes(),
-                path / WEIGHTS_NAME,
-                model_config.read_bytes() if model_config.is_file() else None,
+                weights,
+                _read_if_there(path / "config.json"),
+                head=head if head is not None and head.is_file() else None,
+                head_config=_read_if_there(path / HEAD_CONFIG_NAME),
             )
         except ServerError as exc:
             raise SetupError(f"--preload {path}: {exc.message}") from exc
         logger.info("adapter %s (%s) %s", info.name, info.method, outcome)
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -51,14 +51,13 @@ class Served:
         *,
         config: bytes | None = None,
         weights: bytes | None = None,
-        id2label: bytes | None = None,
+        **more: bytes | None,
     ) -> httpx.Response:
-        """Upload a folder's files, or other bytes in their place."""
+        """Upload a folder's files, or other bytes in their place; more: other fields."""
         config = (folder / CONFIG).read_bytes() if config is None else config
         weights = (folder / WEIGHTS).read_bytes() if weights is None else weights
         files = {"config": (CONFIG, config), "weights": (WEIGHTS, weights)}
-        if id2label is not None:
-            files["id2label"] = ("config.json", id2label)
+        files |= {part: (part, data) for part, data in more.items() if data is not None}
         return self.http.post("/v1/adapters", data={"name": name}, files=files)
 
     def complete(self, model: str, prompt: str, **fields: Any) -> str:

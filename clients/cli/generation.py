@@ -25,7 +25,7 @@ from clients.cli.common import (
 )
 from clients.client import Client, Stream
 from clients.errors import ClientError
-from clients.results import Reply
+from clients.results import Classification, Reply
 
 Mix = Annotated[
     list[str] | None,
@@ -115,6 +115,9 @@ def classify(
     model: Annotated[
         str, typer.Option("--model", "-m", help="The name of an adapter that classifies.")
     ],
+    entities: Annotated[
+        bool, typer.Option("--entities", help="Join classified tokens to entities.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell the class of texts, or of their tokens, by an adapter that was trained to."""
@@ -122,7 +125,8 @@ def classify(
     if texts == ["-"]:
         texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     with errors_to_exit():
-        found = client.classify(texts, model)
+        options = {"aggregation": "simple"} if entities else {}
+        found = client.classify(texts, model, **options)
     if as_json:
         print_json([{"text": texts[c.index], **asdict(c)} for c in found])
         return
@@ -130,14 +134,21 @@ def classify(
     for column in ("LABEL", "PROB", "TEXT"):
         table.add_column(column, no_wrap=column != "TEXT")
     for c in found:
-        if c.tokens is not None:
-            for token in c.tokens:
-                table.add_row(escape(token.label), f"{token.score:.3f}", escape(token.token))
-        else:
-            prob = max(c.probs) if c.probs else None
-            shown = "-" if prob is None else f"{prob:.3f}"
-            table.add_row(escape(c.label or "-"), shown, escape(texts[c.index]))
+        for row in _rows(c, texts[c.index]):
+            table.add_row(*map(escape, row))
     out.print(table)
+
+
+def _rows(found: Classification, text: str) -> list[tuple[str, str, str]]:
+    """Class, probability and text of everything that has a class."""
+    if found.tokens is not None:
+        return [(t.label, f"{t.score:.3f}", t.token) for t in found.tokens]
+    if found.entities is not None:
+        return [(e.label, f"{e.score:.3f}", e.text) for e in found.entities]
+    if found.values is not None:
+        return [(", ".join(f"{value:.4g}" for value in found.values), "-", text)]
+    label = found.label if found.labels is None else ", ".join(found.labels)
+    return [(label or "-", f"{max(found.probs):.3f}" if found.probs else "-", text)]
 
 
 class _Conversation:

@@ -3,11 +3,9 @@
     adapter_config.json    {config: {…}, hidden_size, model_class, model_name, model_type, name,
                            version}; PEFT's has the same name, and `peft_type` instead of these
     adapter.safetensors    keys hold the adapter's name: <place in the model>.adapters.<name>.…
-    head_config.json       where a head is trained too: {config: null, model_class, …}
-    model_head.safetensors its tensors, under their own paths
 
-A classifier that the adapter trains whole (`modules_to_save`) is such a head. Pickles are not read,
-and no head that only AdapterHub's own model classes have.
+A head, or whatever else the adapter trains whole (`modules_to_save`), lies beside them in two more
+files: `adapterhub_heads`. Pickles are not read.
 """
 
 from __future__ import annotations
@@ -21,16 +19,20 @@ from typing import Any, TypeGuard
 from safetensors.torch import save
 from torch import Tensor
 
-from peftcore.branches import backbone_of
+from peftcore.checkpoint.adapterhub_heads import (
+    HEAD_CONFIG_NAME,
+    HEAD_NAME,
+    PICKLED_HEAD_NAME,
+    Head,
+    read_head,
+)
 from peftcore.checkpoint.files import replace_file
-from peftcore.checkpoint.reader import PREFIX, TensorReader
+from peftcore.checkpoint.reader import PICKLE, PREFIX, TensorReader
 from peftcore.config import CONFIG_NAME, AdapterConfig
 from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
 from peftcore.methods.bottleneck import PRESETS, BottleneckConfig
 
 WEIGHTS_NAME = "adapter.safetensors"
-HEAD_CONFIG_NAME = "head_config.json"
-HEAD_NAME = "model_head.safetensors"
 
 #: Every file of an adapter, for a download.
 FILES = (CONFIG_NAME, WEIGHTS_NAME, HEAD_CONFIG_NAME, HEAD_NAME)
@@ -185,50 +187,37 @@ def write(folder: Path, config: BottleneckConfig, tensors: Mapping[str, Tensor])
     write_config(folder, config)
 
 
-def with_head(config: AdapterConfig, folder: Path) -> AdapterConfig:
-    """The config with what lies beside it: a head makes `modules_to_save` and `task_type`.
-
-    Raises:
-        CheckpointError: the head is a pickle.
-        UnsupportedError: it is one that only AdapterHub's model classes have.
-    """
-    assert isinstance(config, BottleneckConfig)
-    path = folder / HEAD_NAME
-    if not path.is_file():
-        if (folder / "pytorch_model_head.bin").is_file():
-            raise CheckpointError("pytorch_model_head.bin", _PICKLE)
-        return config
-    about = folder / HEAD_CONFIG_NAME
-    if about.is_file() and _head_config(about) is not None:
-        raise UnsupportedError(
-            HEAD_CONFIG_NAME,
-            "the head is one of AdapterHub's own, which no model of transformers has: save the "
-            "adapter with with_head=False, or delete the head's files",
-        )
-    keys = list(TensorReader.from_file(path).keys())
-    backbone = backbone_of(config.model_type or "")
-    modules = {
-        key.rpartition(".")[0] if key.startswith(f"{backbone}.") else key.partition(".")[0]
-        for key in keys
-    }
+def joined(config: BottleneckConfig, head: Head) -> BottleneckConfig:
+    """The config with what lies beside it: a head makes `modules_to_save` and `task_type`."""
     return dataclasses.replace(
-        config, modules_to_save=sorted(modules), task_type=_task(config.model_class)
+        config,
+        modules_to_save=head.modules(config.model_type),
+        task_type=head.task or _task(config.model_class),
     )
 
 
-def _head_config(path: Path) -> object:
-    """What makes a head of AdapterHub's own; None for a head of the model's class."""
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError(HEAD_CONFIG_NAME, f"not valid JSON: {exc}") from None
-    return raw.get("config") if isinstance(raw, dict) else raw
+def joined_tensors(body: TensorReader, head: Head) -> dict[str, Tensor]:
+    """The adapter's tensors and the head's, which get PEFT's keys."""
+    tensors = {key: body.peek(key) for key in body.keys()}  # noqa: SIM118  (not a mapping)
+    return tensors | {PREFIX + key: tensor for key, tensor in head.tensors.items()}
 
 
-_PICKLE = (
-    "a pickle can run code and is not read: load it in adapters and save it again with "
-    "model.save_adapter(folder, name, use_safetensors=True)"
-)
+def with_head(config: AdapterConfig, folder: Path) -> AdapterConfig:
+    """The config, joined with the head that lies in the folder, if any. Raises as `read_head`, and
+    CheckpointError where the head is a pickle."""
+    assert isinstance(config, BottleneckConfig)
+    head = _head_in(folder, config.model_type)
+    return config if head is None else joined(config, head)
+
+
+def _head_in(folder: Path, model_type: str | None) -> Head | None:
+    path, about = folder / HEAD_NAME, folder / HEAD_CONFIG_NAME
+    if path.is_file():
+        given = about.read_bytes() if about.is_file() else None
+        return read_head(TensorReader.from_file(path, HEAD_NAME), given, model_type)
+    if (folder / PICKLED_HEAD_NAME).is_file():
+        raise CheckpointError(PICKLED_HEAD_NAME, PICKLE)
+    return None
 
 
 def owns(config: AdapterConfig) -> TypeGuard[BottleneckConfig]:
@@ -236,17 +225,13 @@ def owns(config: AdapterConfig) -> TypeGuard[BottleneckConfig]:
     return isinstance(config, BottleneckConfig)
 
 
-def read_tensors(folder: Path) -> TensorReader:
+def read_tensors(folder: Path, config: BottleneckConfig) -> TensorReader:
     """The tensors by the keys of their parts. Raises CheckpointError, FileNotFoundError."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / "pytorch_adapter.bin").is_file():
-            raise CheckpointError("pytorch_adapter.bin", _PICKLE)
+            raise CheckpointError("pytorch_adapter.bin", PICKLE)
         raise FileNotFoundError(f"{folder}: holds no {WEIGHTS_NAME}")
     body = TensorReader.from_file(path)
-    head = folder / HEAD_NAME
-    if not head.is_file():
-        return body
-    tensors = {key: body.peek(key) for key in body.keys()}  # noqa: SIM118  (not a mapping)
-    saved = TensorReader.from_file(head)
-    return TensorReader(tensors | {PREFIX + key: saved.peek(key) for key in saved.keys()})  # noqa: SIM118
+    head = _head_in(folder, config.model_type)
+    return body if head is None else TensorReader(joined_tensors(body, head))

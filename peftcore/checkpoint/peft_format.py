@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftcore.checkpoint import adapterhub_format
 from peftcore.checkpoint.files import replace_file
-from peftcore.checkpoint.reader import TensorReader
+from peftcore.checkpoint.reader import PICKLE, TensorReader
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, config_from_json
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.parts import Parts, Prompt
@@ -98,15 +98,11 @@ def read_tensors(folder: Path, config: AdapterConfig) -> TensorReader:
     Raises CheckpointError; a pickle is refused with what to do instead.
     """
     if adapterhub_format.owns(config):
-        return adapterhub_format.read_tensors(folder)
+        return adapterhub_format.read_tensors(folder, config)
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise CheckpointError(
-                "adapter_model.bin",
-                "a pickle can run code and is not read: load it in PEFT and save_pretrained it "
-                "again, which writes adapter_model.safetensors",
-            )
+            raise CheckpointError("adapter_model.bin", PICKLE)
         raise FileNotFoundError(f"{folder}: holds no {WEIGHTS_NAME}")
     return TensorReader.from_file(path)
 

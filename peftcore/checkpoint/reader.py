@@ -25,6 +25,23 @@ _MAY_BE_EMPTY = (".lora_A", ".lora_B", ".lora_E")
 PREFIX = "base_model.model."
 
 
+#: Why a pickle is refused, and what to do.
+PICKLE = (
+    "a pickle (.bin) can run code and is not read: load the adapter in the library that wrote it "
+    "and save it again, in PEFT by save_pretrained(folder), in adapters by "
+    "save_adapter(folder, name, use_safetensors=True)"
+)
+
+
+def _is_pickle(path: str | Path) -> bool:
+    """Does it begin as a pickle, or as the zip in which torch.save puts one?"""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    except OSError:
+        return False
+
+
 class TensorReader:
     """The checked tensors of an adapter, by key."""
 
@@ -43,8 +60,10 @@ class TensorReader:
         self._taken: set[str] = set()
 
     @classmethod
-    def from_file(cls, path: str | Path, *, check_values: bool = True) -> TensorReader:
-        """Read a safetensors file.
+    def from_file(
+        cls, path: str | Path, name: str = "weights", *, check_values: bool = True
+    ) -> TensorReader:
+        """Read a safetensors file, which errors call `name`.
 
         Raises:
             CheckpointError: not a safetensors file, truncated, or a tensor that is refused.
@@ -55,9 +74,10 @@ class TensorReader:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     tensors[key] = file.get_tensor(key)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise CheckpointError("weights", f"not a readable safetensors file: {exc}") from None
+            reason = PICKLE if _is_pickle(path) else f"not a readable safetensors file: {exc}"
+            raise CheckpointError(name, reason) from None
         if not tensors:
-            raise CheckpointError("weights", "the file holds no tensor")
+            raise CheckpointError(name, "the file holds no tensor")
         return cls(tensors, check_values=check_values)
 
     def keys(self) -> Iterable[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from peftcore.checkpoint import adapterhub_format
+from peftcore.checkpoint.adapterhub_heads import read_head
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, config_from_json
+from peftcore.errors import ConfigError
 from peftcore.packing import PackedAdapter, pack, read_packed, save_packed
 from peftcore.program import AdapterProgram
 from peftcore.tasks import Tasks
@@ -24,6 +29,36 @@ def validate(
     """
     config = config_from_json(config_json)
     return config, tasks.compile(config, TensorReader.from_file(weights))
+
+
+def join_head(
+    config_json: bytes, weights: Path, head: Path, head_config: bytes | None, folder: Path
+) -> tuple[bytes, Path, bytes | None]:
+    """One adapter of two files out of AdapterHub's four.
+
+    Args:
+        head: a safetensors file. head_config: its `head_config.json`, if there is one.
+        folder: where the new weights are written.
+
+    Returns:
+        The config, the weights, and what the head's config says of its classes as `parse_labels`
+        reads it.
+
+    Raises:
+        AdapterError: the reason, with the field or the key at fault.
+    """
+    config = config_from_json(config_json)
+    if not adapterhub_format.owns(config):
+        raise ConfigError("head", "goes with AdapterHub's adapters: PEFT's files hold their heads")
+    read = read_head(TensorReader.from_file(head, "head"), head_config, config.model_type)
+    tensors = adapterhub_format.joined_tensors(TensorReader.from_file(weights), read)
+    path = folder / WEIGHTS_NAME
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    joined = json.dumps(adapterhub_format.joined(config, read).to_dict()).encode()
+    if read.id2label is None and read.problem_type is None:
+        return joined, path, None
+    about = {"id2label": read.id2label, "problem_type": read.problem_type}
+    return joined, path, json.dumps(about).encode()
 
 
 class Packer:

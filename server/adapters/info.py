@@ -27,3 +27,4 @@ class AdapterInfo:
     num_running: int
     task: str
     labels: tuple[str, ...] | None
+    problem_type: str | None

@@ -1,9 +1,10 @@
-"""What a classifier's classes are called, as an upload says it."""
+"""What a classifier's classes are called, and what is asked of them, as an upload says it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from peftcore.config import MAX_CONFIG_BYTES
 from peftcore.tasks import MAX_LABELS
@@ -12,12 +13,24 @@ from server.errors import BadRequest
 _MAX_LABEL_LEN = 256
 
 
-def parse_labels(data: bytes) -> tuple[str, ...] | None:
-    """The labels in the order of the head's rows; None where the JSON is an object without any.
+#: transformers': one class of all; each class by itself; a number.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of a head's rows, in their order. None: nobody said."""
+
+    names: tuple[str, ...] | None = None
+    problem_type: ProblemType | None = None
+
+
+def parse_labels(data: bytes) -> Labels:
+    """What is said of a classifier's classes.
 
     Args:
         data: JSON: a list of names, `{"0": name, ...}`, or a model's whole config.json, of which
-            `id2label` counts.
+            `id2label` and `problem_type` count.
 
     Raises:
         BadRequest: anything else; or labels that are no distinct, short texts.
@@ -29,18 +42,21 @@ def parse_labels(data: bytes) -> tuple[str, ...] | None:
         json.dumps(given, ensure_ascii=False).encode()  # they end up in answers: no surrogates
     except (ValueError, RecursionError) as exc:
         raise _bad(f"not valid JSON: {exc}") from None
-    if isinstance(given, dict) and "model_type" in given:
-        given = given.get("id2label")
-    elif isinstance(given, dict) and "id2label" in given:
-        given = given["id2label"]
-    if given is None:
-        return None
-    labels = _in_order(given)
-    if not all(isinstance(name, str) and 0 < len(name) <= _MAX_LABEL_LEN for name in labels):
+    problem_type = None
+    if isinstance(given, dict) and given.keys() & {"model_type", "id2label", "problem_type"}:
+        problem_type, given = given.get("problem_type"), given.get("id2label")
+        if problem_type not in (None, *get_args(ProblemType)):
+            raise _bad(f"problem_type is one of {', '.join(get_args(ProblemType))}")
+    return Labels(None if given is None else _names(given), problem_type)
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    names = _in_order(given)
+    if not all(isinstance(name, str) and 0 < len(name) <= _MAX_LABEL_LEN for name in names):
         raise _bad(f"labels are texts of 1 to {_MAX_LABEL_LEN} characters")
-    if len(set(labels)) < len(labels):
+    if len(set(names)) < len(names):
         raise _bad("two classes have one name")
-    return tuple(labels)
+    return tuple(names)
 
 
 def _in_order(given: Any) -> list[Any]:

@@ -19,6 +19,7 @@ class Lease:
         virtual_kv: those positions' keys and values are given, not computed.
         task: that one of the adapters is for where it does not generate; None: they all do.
         labels: of a classifier's classes, in the order of its head's rows.
+        problem_type: what is asked of them, as transformers says it; None: nobody said.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Lease:
         virtual_kv: bool = False,
         task: str | None = None,
         labels: tuple[str, ...] = (),
+        problem_type: str | None = None,
         on_release: Callable[[Lease], None] = lambda lease: None,
     ) -> None:
         self.label = label
@@ -40,6 +42,7 @@ class Lease:
         self.virtual_kv = virtual_kv
         self.task = task
         self.labels = labels
+        self.problem_type = problem_type
         self._on_release = on_release
         self._released = False
 

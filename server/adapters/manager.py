@@ -28,11 +28,11 @@ from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureE
 from peftcore.packing import PackedAdapter, packed_elements
 from peftcore.program import check_mixture
 from peftcore.tasks import Tasks
-from server.adapters.admission import Packer, validate
+from server.adapters.admission import Packer, join_head, validate
 from server.adapters.budget import Budget
 from server.adapters.cache import yield_to_engine
 from server.adapters.info import AdapterInfo
-from server.adapters.labels import parse_labels
+from server.adapters.labels import Labels, parse_labels
 from server.adapters.lease import Lease
 from server.adapters.store import AdapterRecord, AdapterStore, Alias
 from server.engine.sequence import AdapterUse
@@ -192,6 +192,7 @@ class AdapterManager:
             virtual_kv=first.virtual_kv,
             task=next((r.task for r in records if r.task is not None), None),
             labels=labels,
+            problem_type=None if len(uses) > 1 else uses[0][0].problem_type,
             on_release=self._release,
         )
 
@@ -240,6 +241,8 @@ class AdapterManager:
         weights: Path,
         id2label: bytes | None = None,
         *,
+        head: Path | None = None,
+        head_config: bytes | None = None,
         may_replace: bool = True,
     ) -> tuple[AdapterInfo, Literal["created", "unchanged", "updated"]]:
         """Validate an adapter, keep it, and let `name` mean it. Blocks; for a worker thread.
@@ -249,6 +252,7 @@ class AdapterManager:
             config: `adapter_config.json`'s bytes.
             weights: a safetensors file, which stays the caller's.
             id2label: what a classifier's classes are called, as `parse_labels` reads it.
+            head, head_config: what lies beside an adapter of AdapterHub's, as `join_head` reads it.
             may_replace: the name may stand for other bytes so far.
 
         Raises:
@@ -258,16 +262,26 @@ class AdapterManager:
             memory.
         """
         self.check_name(name, may_exist=may_replace)
-        labels = None if id2label is None else parse_labels(id2label)
+        if head is not None:
+            with self.store.staging() as folder:
+                joining = self._worker.submit(join_head, config, weights, head, head_config, folder)
+                try:
+                    config, weights, said = joining.result()
+                except AdapterError as exc:
+                    raise _refusal(exc) from None
+                labels = id2label or said
+                return self.register(name, config, weights, labels, may_replace=may_replace)
+        about = Labels() if id2label is None else parse_labels(id2label)
         try:
             # One at a time, on a thread that gives way to the engine.
             record, packed = self._worker.submit(self._validate, config, weights).result()
         except AdapterError as exc:
             raise _refusal(exc) from None
         digest = record.digest
-        if labels is not None and len(labels) != record.num_labels:
+        if about.names is not None and len(about.names) != record.num_labels:
             raise Unprocessable(
-                f"id2label: {len(labels)} labels, but the adapter's head has {record.num_labels}",
+                f"id2label: {len(about.names)} labels, but the adapter's head has "
+                f"{record.num_labels}",
                 param="id2label",
                 code="invalid_labels",
             )
@@ -284,7 +298,7 @@ class AdapterManager:
                     self._packer.save(packed, staged)
                     self.store.put(staged, record)
                 before = self._aliases.get(name)
-                previous = self.store.set_alias(name, digest, labels)
+                previous = self.store.set_alias(name, digest, about.names, about.problem_type)
                 alias = self.store.alias(name)
                 assert alias is not None
                 with self._lock:
@@ -299,7 +313,7 @@ class AdapterManager:
             info = self._info(alias)
         if previous is None:
             return info, "created"
-        same = previous == digest and before is not None and before.labels == alias.labels
+        same = before is not None and _means(before) == _means(alias)
         return info, "unchanged" if same else "updated"
 
     def check_name(self, name: str, *, may_exist: bool = True) -> None:
@@ -437,6 +451,7 @@ class AdapterManager:
             num_running=self._leases[record.digest],
             task=record.task or "CAUSAL_LM",
             labels=self._labels(alias) or None,
+            problem_type=alias.problem_type,
         )
 
     def names_by_digest(self) -> Mapping[str, Sequence[str]]:
@@ -486,6 +501,10 @@ class AdapterManager:
             assert all(count > 0 for count in self._leases.values())
             assert set(self._records) == {*stored.values(), *self._leases}
             self.store.check_integrity()
+
+
+def _means(alias: Alias) -> tuple[object, ...]:
+    return alias.digest, alias.labels, alias.problem_type
 
 
 def _refusal(exc: AdapterError) -> Unprocessable:

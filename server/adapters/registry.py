@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 #: In place of `num_half_elements`: this and `num_elements` are to be counted anew.
 NOT_COUNTED = -1
@@ -53,6 +53,7 @@ aliases = sa.Table(
     sa.Column("last_used_at", sa.Float),
     sa.Column("pinned", sa.Boolean, nullable=False, default=False),
     sa.Column("labels", sa.JSON(none_as_null=True)),
+    sa.Column("problem_type", sa.String),
 )
 
 #: What makes a database of a version one of the next.
@@ -66,6 +67,7 @@ _MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE adapters ADD COLUMN num_labels INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE aliases ADD COLUMN labels JSON",
     ),
+    4: ("ALTER TABLE aliases ADD COLUMN problem_type VARCHAR",),
 }
 
 

@@ -76,6 +76,7 @@ class Alias:
 
     Attributes:
         labels: what its classes are called, in the order of the head's rows; None: nobody said.
+        problem_type: what is asked of them, as transformers says it; None likewise.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Alias:
     last_used_at: float | None
     pinned: bool
     labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
 
 
 class AdapterStore:
@@ -274,8 +276,15 @@ class AdapterStore:
         with self._engine.connect() as connection:
             return list(connection.scalars(query.order_by(registry.aliases.c.name)))
 
-    def set_alias(self, name: str, digest: str, labels: Sequence[str] | None = None) -> str | None:
-        """Let `name` stand for `digest` with these labels from now on, in one transaction.
+    def set_alias(
+        self,
+        name: str,
+        digest: str,
+        labels: Sequence[str] | None = None,
+        problem_type: str | None = None,
+    ) -> str | None:
+        """Let `name` stand for `digest`, with what is said of its classes, from now on, in one
+        transaction.
 
         Returns:
             The digest it stood for before, or None.
@@ -290,16 +299,18 @@ class AdapterStore:
             ):
                 raise KeyError(digest)
             previous = connection.scalar(sa.select(registry.aliases.c.digest).filter_by(name=name))
-            kept = None if labels is None else list(labels)
+            values: dict[str, Any] = {
+                "digest": digest,
+                "labels": None if labels is None else list(labels),
+                "problem_type": problem_type,
+            }
             if previous is None:
-                values = {
-                    "digest": digest, "created_at": now, "updated_at": now, "labels": kept
-                }  # fmt: skip
-                connection.execute(sa.insert(registry.aliases).values(name=name, **values))
+                times = {"created_at": now, "updated_at": now}
+                connection.execute(sa.insert(registry.aliases).values(name=name, **values, **times))
             else:
                 update = sa.update(registry.aliases).where(registry.aliases.c.name == name)
                 changes = {"updated_at": now} if previous != digest else {}
-                connection.execute(update.values(digest=digest, labels=kept, **changes))
+                connection.execute(update.values(**values, **changes))
             return previous
 
     def set_pinned(self, name: str, pinned: bool) -> None:

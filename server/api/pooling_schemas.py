@@ -53,6 +53,9 @@ class ClassifyRequest(PoolingRequest):
     text_pair: Annotated[list[Text] | None, BeforeValidator(as_list)] = Field(
         None, description="for each input a second text, which is joined to it"
     )
+    aggregation: Literal["none", "simple"] = Field(
+        "none", description="of an adapter that classifies tokens: simple joins them to entities"
+    )
 
 
 class PoolingUsage(BaseModel):
@@ -85,13 +88,32 @@ class ClassifiedToken(BaseModel):
     score: float
 
 
+class Entity(BaseModel):
+    """Neighbouring tokens of one class: characters `start` to `end` of the text. `score` is the
+    mean of theirs."""
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
 class Classified(BaseModel):
-    """A text's classes; of an adapter that classifies tokens each token's."""
+    """A text's classes; of an adapter that classifies tokens each token's, or its entities.
+
+    One class of all: `label`, the likeliest, and `probs`. Each class by itself
+    (multi_label_classification): `labels` too, those of probability 0.5 and more. Regression:
+    `values`.
+    """
 
     index: int
     label: str | None = None
+    labels: list[str] | None = None
     probs: list[float] | None = None
+    values: list[float] | None = None
     tokens: list[ClassifiedToken] | None = None
+    entities: list[Entity] | None = None
     num_classes: int
 
 

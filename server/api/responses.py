@@ -192,6 +192,9 @@ class Adapter(BaseModel):
     num_running: int
     task: str
     labels: list[str] | None
+    problem_type: (
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None
+    )
 
 
 class RegisteredAdapter(Adapter):

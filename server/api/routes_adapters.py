@@ -31,7 +31,13 @@ async def register_adapter(request: Request) -> Response:
     manager = runtime_of(request).adapters
     async with receive_upload(request) as upload:
         info, outcome = await run_in_threadpool(
-            manager.register, upload.name, upload.config, upload.weights, upload.id2label
+            manager.register,
+            upload.name,
+            upload.config,
+            upload.weights,
+            upload.id2label,
+            head=upload.head,
+            head_config=upload.head_config,
         )
     answer = RegisteredAdapter(**_fields(info), status=outcome)
     return JSONResponse(

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from server.api.access import current_record
+from server.api.classified import classified_text, classified_tokens
 from server.api.pooling_schemas import (
-    Classified,
     ClassifiedToken,
     ClassifyList,
     ClassifyRequest,
@@ -74,19 +74,28 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyList:
     runtime = runtime_of(request)
     with runtime.adapters.lease(body.model) as lease:
         task = _class_task(lease)
+        _check_aggregation(body, task)
         inputs = await run_in_threadpool(_tokens, runtime.tokenizer, body.input, body.text_pair)
         count = _counted(request, lease, inputs)
-        work = runtime.pool([i.tokens for i in inputs], PoolingParams(task), lease)
+        problem_type = lease.problem_type if task == "SEQ_CLS" else None
+        pooling = PoolingParams(task, problem_type=problem_type)
+        work = runtime.pool([i.tokens for i in inputs], pooling, lease)
         results = await unless_gone(request.receive, work)
-    made = _classified_text if task == "SEQ_CLS" else _classified_tokens
+    values = [result.values.tolist() for result in results]
+    if task == "SEQ_CLS":
+        data = [classified_text(i, v, lease.labels, problem_type) for i, v in enumerate(values)]
+    else:
+        joins = body.aggregation == "simple"
+        data = []
+        for i, (given, probs) in enumerate(zip(inputs, values, strict=True)):
+            tokens = _classified(given, probs, lease.labels, runtime.tokenizer)
+            text = str(body.input[i]) if joins else None
+            data.append(classified_tokens(i, tokens, text, len(lease.labels)))
     return ClassifyList(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=lease.label,
-        data=[
-            made(i, given, result.values.tolist(), lease.labels, runtime.tokenizer)
-            for i, (given, result) in enumerate(zip(inputs, results, strict=True))
-        ],
+        data=data,
         usage=ClassifyUsage(prompt_tokens=count, total_tokens=count),
     )
 
@@ -103,6 +112,19 @@ def _class_task(lease: Lease) -> Literal["SEQ_CLS", "TOKEN_CLS"]:
         param="model",
         code="model_does_not_classify",
     )
+
+
+def _check_aggregation(body: ClassifyRequest, task: str) -> None:
+    """Raises BadRequest where there are no entities to be found."""
+    if body.aggregation == "none":
+        return
+    if task != "TOKEN_CLS":
+        why = f"{body.model!r} classifies whole texts, not tokens"
+    elif body.text_pair is not None or not all(isinstance(text, str) for text in body.input):
+        why = "entities are parts of one text: send texts, without text_pair"
+    else:
+        return
+    raise BadRequest(f"aggregation: {why}", param="aggregation")
 
 
 def _tokens(
@@ -141,17 +163,10 @@ def _base64(vector: Any) -> str:
     return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def _classified_text(
-    index: int, given: _Input, probs: list[float], labels: Sequence[str], tokenizer: Tokenizer
-) -> Classified:
-    likeliest = max(range(len(probs)), key=probs.__getitem__)
-    return Classified(index=index, label=labels[likeliest], probs=probs, num_classes=len(probs))
-
-
-def _classified_tokens(
-    index: int, given: _Input, probs: list[list[float]], labels: Sequence[str], tokenizer: Tokenizer
-) -> Classified:
-    """Tokens that the tokenizer adds are left out."""
+def _classified(
+    given: _Input, probs: list[list[float]], labels: Sequence[str], tokenizer: Tokenizer
+) -> list[ClassifiedToken]:
+    """Each token's likeliest class; tokens that the tokenizer adds are left out."""
     tokens = []
     for i, token_id in enumerate(given.tokens.token_ids):
         if given.spans is not None and token_id in tokenizer.special:
@@ -167,4 +182,4 @@ def _classified_tokens(
                 score=probs[i][likeliest],
             )
         )
-    return Classified(index=index, tokens=tokens, num_classes=len(labels))
+    return tokens

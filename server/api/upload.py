@@ -6,7 +6,7 @@ none; the size cap is `limits.BodyLimit`'s.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from peftcore.config import MAX_CONFIG_BYTES
 from server.errors import BadRequest
 
 FIELDS = ("name", "config", "weights")
-OPTIONAL = ("id2label",)
+OPTIONAL = ("id2label", "head", "head_config")
 
 #: The request body, for the OpenAPI description.
 UPLOAD_SCHEMA: dict[str, Any] = {
@@ -49,7 +49,18 @@ UPLOAD_SCHEMA: dict[str, Any] = {
                         "type": "string",
                         "format": "binary",
                         "description": "what a classifier's classes are called, as JSON: a list, "
-                        '{"0": name, ...}, or the config.json of the model that was trained',
+                        '{"0": name, ...}, or the config.json of the model that was trained, whose '
+                        "problem_type counts too",
+                    },
+                    "head": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "AdapterHub's model_head.safetensors",
+                    },
+                    "head_config": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "AdapterHub's head_config.json, beside head",
                     },
                 },
             }
@@ -60,12 +71,14 @@ UPLOAD_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upload:
-    """The fields. `weights` is a path only as long as the upload is open."""
+    """The fields. Paths are there only as long as the upload is open."""
 
     name: str
     config: bytes
     weights: Path
     id2label: bytes | None = None
+    head: Path | None = None
+    head_config: bytes | None = None
 
 
 @asynccontextmanager
@@ -86,15 +99,15 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
         parts = _by_name(form)
         name = await _bytes_of(parts["name"], 1024)
         config = await _bytes_of(parts["config"], MAX_CONFIG_BYTES + 1)
-        weights = parts["weights"]
-        if not isinstance(weights, UploadFile):
-            raise BadRequest("weights: must be sent as a file", param="weights")
-        labels = parts.get("id2label")
+        if "head_config" in parts and "head" not in parts:
+            raise BadRequest("head_config: goes beside head, which is missing", param="head")
         yield Upload(
             name.decode(errors="replace"),
             config,
-            await run_in_threadpool(_path_of, weights),
-            None if labels is None else await _bytes_of(labels, MAX_CONFIG_BYTES + 1),
+            await _path_of("weights", parts),
+            await _small("id2label", parts),
+            await _path_of("head", parts) if "head" in parts else None,
+            await _small("head_config", parts),
         )
     finally:
         await form.close()
@@ -138,9 +151,17 @@ async def _bytes_of(part: UploadFile | str, max_bytes: int) -> bytes:
     return part.encode() if isinstance(part, str) else await part.read(max_bytes)
 
 
-def _path_of(part: UploadFile) -> Path:
+async def _small(name: str, parts: Mapping[str, UploadFile | str]) -> bytes | None:
+    """Of an optional part what may be read of a config, and a byte more."""
+    return await _bytes_of(parts[name], MAX_CONFIG_BYTES + 1) if name in parts else None
+
+
+async def _path_of(name: str, parts: Mapping[str, UploadFile | str]) -> Path:
     """A path to the part's nameless file: its descriptor's, which opens it anew."""
+    part = parts[name]
+    if not isinstance(part, UploadFile):
+        raise BadRequest(f"{name}: must be sent as a file", param=name)
     file = cast("SpooledTemporaryFile[bytes]", part.file)
-    file.rollover()
-    file.flush()
+    await run_in_threadpool(file.rollover)
+    await run_in_threadpool(file.flush)
     return Path(f"/dev/fd/{file.fileno()}")

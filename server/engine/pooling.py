@@ -94,7 +94,8 @@ class Pooler:
                 parts = list(cls.logits(head, inputs[start:end, None], given))
                 start = end
             for seq, part in zip(own, parts, strict=True):
-                seq.pooled = _probabilities(part)
+                assert seq.pooling is not None
+                seq.pooled = _probabilities(part.float(), seq.pooling.problem_type)
 
     def _pooled(self, sequences: Sequence[Request], rows: Tensor) -> Tensor:
         """The pooler's `[n, hidden]`, under each sequence's adapter."""
@@ -125,7 +126,10 @@ class Pooler:
         return head
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    """`[..., labels]`: softmax; of a single label the sigmoid."""
-    logits = logits.float()
-    return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(dim=-1)
+def _probabilities(logits: Tensor, problem_type: str | None) -> Tensor:
+    """What transformers' pipelines make of `[..., labels]`."""
+    if problem_type == "regression":
+        return logits
+    if problem_type == "multi_label_classification" or logits.shape[-1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(dim=-1)

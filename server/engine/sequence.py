@@ -81,12 +81,15 @@ class PoolingParams:
     Attributes:
         kind: mean, cls, last: an embedding of the input's own tokens (virtual ones are left out),
             the mean of their hidden states, the first one's or the last one's. SEQ_CLS, TOKEN_CLS:
-            the probabilities `[labels]`, or `[tokens, labels]`, by the adapter's own head.
+            the probabilities `[labels]`, or `[tokens, labels]`, by the adapter's own head; of a
+            regression its values.
         normalize: scale an embedding to length 1.
+        problem_type: what a text's classes are asked, by transformers' name; None: which one it is.
     """
 
     kind: PoolingKind
     normalize: bool = False
+    problem_type: str | None = None
 
     @property
     def reads_last(self) -> bool:

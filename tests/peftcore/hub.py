@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tests.peftcore import make_adapterhub_fixtures as original
@@ -52,6 +52,23 @@ class Hub:
         (folder / "adapter_config.json").write_text(json.dumps(raw))
         save_file(self.adapter(case), folder / "adapter.safetensors")
         return folder
+
+
+def headed(case: str) -> tuple[dict[str, bytes], Tensor]:
+    """An adapter that `adapters` saved with its head, one of `original.HEADS`.
+
+    Returns:
+        The bytes of its four files by name, and what `adapters` computes with it of the first row
+        of `original.batch`: `[labels]` or `[len, labels]`.
+    """
+    tensors = load_file(original.FIXTURES / "heads.safetensors")
+    configs = json.loads((original.FIXTURES / "heads.json").read_text())[case]
+    files = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
+    for name in ("adapter", "model_head"):
+        prefix = f"{case}/{name}/"
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        files[f"{name}.safetensors"] = save(own)
+    return files, tensors[f"{case}/logits"]
 
 
 @cache

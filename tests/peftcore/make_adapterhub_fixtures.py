@@ -6,7 +6,8 @@ It runs in a process of its own, with `adapters` and the transformers that it pi
         huggingface_hub==0.36.0 "tokenizers>=0.22,<=0.23.0"
     PYTHONPATH=DIR python tests/peftcore/make_adapterhub_fixtures.py make
 
-writes `adapterhub/<model>.safetensors` and `.json` anew. With POLYPEFT_ADAPTERHUB=DIR in the
+writes `adapterhub/<model>.safetensors` and `.json` anew, and those of adapters with a head,
+`heads`. With POLYPEFT_ADAPTERHUB=DIR in the
 environment the tests also load what we write in `adapters`, by
 
     python tests/peftcore/make_adapterhub_fixtures.py outputs MODEL FOLDER…
@@ -217,6 +218,65 @@ def make(model: str) -> None:
     (FIXTURES / f"{model}.json").write_text(text + "\n")
 
 
+#: Adapters that are saved with a head: the model, the head's method (None: transformers' own class
+#: has it) and its options.
+HEADS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "two-layers": ("bert", "add_classification_head", {}),
+    "on-the-pooler": ("bert", "add_classification_head", {"layers": 1, "use_pooler": True}),
+    "multi-label": ("bert", "add_classification_head", {"multilabel": True}),
+    "one-number": ("bert", "add_classification_head", {"num_labels": 1}),
+    "tags": ("bert", "add_tagging_head", {}),
+    "transformers": ("bert", None, {}),
+    "roberta": ("roberta", "add_classification_head", {}),
+}
+
+
+def make_heads() -> None:
+    """`heads.safetensors`: for each case the tensors of both files and the logits of one row;
+    `heads.json`: both configs."""
+    import adapters
+
+    tensors: dict[str, Tensor] = {}
+    configs = {}
+    for case, (model, method, options) in HEADS.items():
+        made = base_model(model, base_state(model))
+        if method is not None:
+            made = getattr(adapters, MODELS[model][1].replace("Config", "AdapterModel"))(
+                made.config
+            )
+            state = {k: v for k, v in base_state(model).items() if not k.startswith("classifier")}
+            left = made.load_state_dict(state, strict=False)
+            assert not left.unexpected_keys, left
+        else:
+            adapters.init(made)
+        torch.manual_seed(4)
+        made.add_adapter("tuned", config="double_seq_bn")
+        if method is not None:
+            names = {"num_labels": 3} | options
+            id2label = {i: f"class {i}" for i in range(names["num_labels"])}
+            getattr(made, method)("tuned", id2label=id2label, **names)
+        made.set_active_adapters("tuned")
+        for key, parameter in made.named_parameters():
+            if ".adapters.tuned." in key or not key.startswith(model):
+                parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+        made.eval()
+        ids = batch(model)["input_ids"][:1]
+        with torch.no_grad():
+            tensors[f"{case}/logits"] = made(input_ids=ids).logits[0].clone()
+        with tempfile.TemporaryDirectory() as scratch:
+            made.save_adapter(scratch, "tuned", use_safetensors=True)
+            for part in ("adapter", "model_head"):
+                saved = load_file(Path(scratch) / f"{part}.safetensors")
+                tensors |= {f"{case}/{part}/{key}": tensor for key, tensor in saved.items()}
+            configs[case] = {
+                part: json.loads((Path(scratch) / f"{part}.json").read_text())
+                for part in ("adapter_config", "head_config")
+            }
+    (FIXTURES / "heads.safetensors").write_bytes(serialize(tensors))
+    text = json.dumps(configs, indent=1, sort_keys=True)
+    (FIXTURES / "heads.json").write_text(text + "\n")
+
+
 def base_state(model: str) -> dict[str, Tensor]:
     """The fixture's base parameters."""
     tensors = load_file(FIXTURES / f"{model}.safetensors")
@@ -244,8 +304,8 @@ def load(model: str, folder: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["make"]:
-        for chosen in sys.argv[2:] or MODELS:
-            make(chosen)
+        for chosen in sys.argv[2:] or [*MODELS, "heads"]:
+            make_heads() if chosen == "heads" else make(chosen)
     elif sys.argv[1:2] == ["outputs"]:
         for path in sys.argv[3:]:
             load(sys.argv[2], path)

@@ -39,7 +39,7 @@ from peftcore.primitives import Bottleneck
 from peftcore.program import check_mixture, compile_adapter
 from tests import tiny
 from tests.peftcore import make_adapterhub_fixtures as original
-from tests.peftcore.hub import NAME, Hub, hub
+from tests.peftcore.hub import NAME, Hub, headed, hub
 
 MODELS = list(original.MODELS)
 CASES = [
@@ -484,8 +484,18 @@ def test_a_head_of_its_own_classes_is_refused(tmp_path: Path) -> None:
     folder = world.save("seq_bn", tmp_path)
     save_file({"heads.tuned.1.weight": torch.ones(3, 16)}, folder / "model_head.safetensors")
     (folder / "head_config.json").write_text('{"config": {"head_type": "classification"}}')
-    with pytest.raises(UnsupportedError, match=r"head_config.json: .*with_head=False"):
+    with pytest.raises(UnsupportedError, match=r"head_config.json: .*without the head's files"):
         PeftModel.from_pretrained(world.base(), folder)
+
+
+@pytest.mark.parametrize("case", ["two-layers", "on-the-pooler", "transformers"])
+def test_a_head_that_transformers_has_is_read_with_the_adapter(case: str, tmp_path: Path) -> None:
+    files, expected = headed(case)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    loaded = PeftModel.from_pretrained(hub("bert").base(), tmp_path)
+    logits = original.outputs(loaded, "bert")[0]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 def test_stochastic_depth_is_served_but_not_trained(tmp_path: Path) -> None:

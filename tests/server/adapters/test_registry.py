@@ -111,7 +111,7 @@ def assert_taken_over(root: Path) -> None:
     assert [alias.name for alias in store.aliases()] == ["clerk", "poet"]
     store.check_integrity()
     store.close()
-    assert user_version(root) == SCHEMA_VERSION == 4
+    assert user_version(root) == SCHEMA_VERSION == 5
 
 
 def test_version_1_keeps_its_adapters_and_names(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert_taken_over(root)
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(StoreError, match=r"schema version 5; this program knows 4$"):
+    with pytest.raises(StoreError, match=r"schema version 6; this program knows 5$"):
         AdapterStore(root)
     assert user_version(root) == SCHEMA_VERSION + 1
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
