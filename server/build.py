@@ -225,6 +225,7 @@ def assemble(
         cache,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_prefill_tokens=settings.max_prefill_tokens,
         whole=is_encoder,
     )
     engine = Engine(

@@ -85,6 +85,12 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(
         512, gt=0, description="most tokens in one step, prompts and decodes together"
     )
+    max_prefill_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="most prompt tokens in a step that decodes too, so that prompts and texts to "
+        "classify slow no running answer by more; by default what max_num_batched_tokens leaves",
+    )
     max_model_len: int | None = Field(
         None, gt=0, description="longest context in tokens; by default the model's, if it fits"
     )

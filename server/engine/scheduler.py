@@ -1,16 +1,18 @@
 """What the next step computes. Imports no torch; knows nothing of weights or of text.
 
 One token budget a step. Sequences that decode come first, one token each; then chunks of prompts
-that are under way; then new sequences, in the order in which they came. A new sequence waits for
-its adapter, for cache blocks and for a place; while it waits for its *adapter*, those behind it go
-ahead. Where the adapter waits for memory, at most `max_overtaken` of those behind may pin adapters
-before it can, so that a stream of requests for other adapters cannot starve it; those that have
-pinned theirs still go ahead, since only by ending do they give memory back.
+that are under way; then new sequences, in the order in which they came. Beside decodes
+`max_prefill_tokens` bounds the prompts. A new sequence waits for its adapter, for cache blocks and
+for a place; while it waits for its *adapter*, those behind it go ahead. Where the adapter waits for
+memory, at most `max_overtaken` of those behind may pin adapters before it can, so that a stream of
+requests for other adapters cannot starve it; those that have pinned theirs still go ahead, since
+only by ending do they give memory back.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -87,6 +89,8 @@ class Scheduler:
     """The waiting and the running sequences.
 
     Args:
+        max_prefill_tokens: most prompt tokens in a step that decodes too; None: what the budget
+            leaves.
         whole: a sequence is computed in one step, and what is in its blocks serves no other one:
             the model is an encoder, whose every position sees all of them.
     """
@@ -98,6 +102,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_prefill_tokens: int | None = None,
         max_overtaken: int = 32,
         whole: bool = False,
     ) -> None:
@@ -107,6 +112,7 @@ class Scheduler:
         self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.max_overtaken = max_overtaken
         self.whole = whole
         self.waiting: deque[Sequence] = deque()
@@ -129,11 +135,20 @@ class Scheduler:
 
     def _schedule_running(self, batch: Batch, budget: int) -> int:
         """Decodes, then prompt chunks under way. Returns what is left of the budget."""
-        remaining = {id(seq): len(seq.token_ids) - seq.num_computed for seq in self.running}
-        for seq in sorted(self.running, key=lambda seq: remaining[id(seq)] > 1):
+        num_left = {id(seq): len(seq.token_ids) - seq.num_computed for seq in self.running}
+        decodes = [seq for seq in self.running if num_left[id(seq)] == 1]
+        prompts = [seq for seq in self.running if num_left[id(seq)] > 1]
+        budget = self._continue(decodes, batch, budget)
+        if batch.chunks and self.max_prefill_tokens is not None:
+            budget = min(budget, self.max_prefill_tokens)
+        return self._continue(prompts, batch, budget)
+
+    def _continue(self, sequences: Seq[Sequence], batch: Batch, budget: int) -> int:
+        """Chunks of running sequences. Returns what is left of the budget."""
+        for seq in sequences:
             if seq.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(remaining[id(seq)], budget)
+            num_tokens = min(len(seq.token_ids) - seq.num_computed, budget)
             if num_tokens == 0:
                 break
             if not self._make_room(seq, seq.num_computed + num_tokens, batch):

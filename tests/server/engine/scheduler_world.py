@@ -102,6 +102,7 @@ class World:
         block_size: int = 4,
         max_num_seqs: int = 8,
         budget: int = 32,
+        max_prefill: int | None = None,
         max_overtaken: int = 32,
         adapters: StubAdapters | None = None,
     ) -> None:
@@ -109,7 +110,8 @@ class World:
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
             self.blocks, self.adapters, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget, max_overtaken=max_overtaken,
+            max_num_batched_tokens=budget, max_prefill_tokens=max_prefill,
+            max_overtaken=max_overtaken,
         )  # fmt: skip
         self.slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.live: list[Sequence] = []

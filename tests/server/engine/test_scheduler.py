@@ -42,6 +42,19 @@ def test_decodes_come_first_and_prompts_take_what_is_left() -> None:
     assert sizes(world.step()) == {"a": 1, "b": 1, "long": 2, "later": 3}
 
 
+def test_prompts_beside_decodes_are_bounded() -> None:
+    """Those under way and new ones together, and no more than while something decodes."""
+    world = World(budget=16, max_prefill=5)
+    world.add("first", 14, max_tokens=4)
+    assert sizes(world.step()) == {"first": 14}
+    world.add("long", 8, max_tokens=1)
+    world.add("later", 30, max_tokens=1)
+    assert sizes(world.step()) == {"first": 1, "long": 5}
+    assert sizes(world.step()) == {"first": 1, "long": 3, "later": 2}
+    assert sizes(world.step()) == {"first": 1, "later": 5}
+    assert sizes(world.step()) == {"later": 16}
+
+
 def test_a_prompt_under_way_goes_before_a_new_one_but_after_younger_decodes() -> None:
     world = World(budget=8, max_num_seqs=4)
     world.add("old", 14, max_tokens=9)
@@ -420,6 +433,7 @@ def test_a_sequence_can_end_in_any_state(state: str) -> None:
     capacity=st.integers(4, 7),
     load_steps=st.integers(1, 4),
     max_overtaken=st.integers(0, 3),
+    max_prefill=st.none() | st.integers(1, 6),
 )
 def test_random_work_all_ends_and_every_read_is_right(
     seed: int,
@@ -430,6 +444,7 @@ def test_random_work_all_ends_and_every_read_is_right(
     capacity: int,
     load_steps: int,
     max_overtaken: int,
+    max_prefill: int | None,
 ) -> None:
     """Pools barely larger than one sequence; shared prompts; mixtures; prefixes; failures; aborts.
     `World.step` holds every read and every bound."""
@@ -440,7 +455,8 @@ def test_random_work_all_ends_and_every_read_is_right(
     )
     world = World(
         num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
-        budget=max_num_seqs + spare_budget, max_overtaken=max_overtaken, adapters=adapters,
+        budget=max_num_seqs + spare_budget, max_prefill=max_prefill, max_overtaken=max_overtaken,
+        adapters=adapters,
     )  # fmt: skip
     virtual = {name: rng.randint(1, num_blocks * block_size // 3) for name in ("p", "q")}
     trunks = [[rng.randrange(2) for _ in range(60)] for _ in range(2)]
