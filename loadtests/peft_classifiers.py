@@ -54,11 +54,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `model`, a folder; `adapters`, classifier → folder, in order; and `make: true` to write
-            them, or `requests`, pairs of a classifier's name and a text, with `num_threads`.
+            them, or `requests`, pairs of a classifier's name and a text, with `num_threads` and the
+            `quantization` of the server that is compared.
 
     Returns:
-        of requests `probs`, each one's, and `seconds` of the loop, and of one with a padded batch
-        for each classifier.
+        of requests `probs`, each one's over the float encoder; `quantized_probs`, the same over one
+        whose weights have the quantized ones' values (None without quantization); and `seconds` of
+        the loop over the float one, and of one with a padded batch for each classifier.
     """
     done = subprocess.run(
         [sys.executable, "-m", "loadtests.peft_classifiers"],
@@ -78,6 +80,20 @@ class Classifiers:
         self._folder = model
         self._encoder = AutoModel.from_pretrained(model, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def quantize(self, quantization: str) -> None:
+        """Give the weights of every model the values that bitsandbytes' codes of them have."""
+        bnb: Any = importlib.import_module("bitsandbytes").functional
+        for module in self._encoder.modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            weight = module.weight.data
+            if quantization == "nf4":
+                codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+                weight.copy_(bnb.dequantize_4bit(codes, state))
+            else:
+                codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
+                weight.copy_(bnb.int8_vectorwise_dequant(codes, absmax))
 
     def model(self, number: int) -> Any:
         """Classifier `number` without its adapter; its head is random."""
@@ -106,7 +122,10 @@ def make(classifiers: Classifiers, adapters: dict[str, str]) -> None:
 
 @torch.inference_mode()
 def answer(
-    classifiers: Classifiers, adapters: dict[str, str], requests: Sequence[tuple[str, str]]
+    classifiers: Classifiers,
+    adapters: dict[str, str],
+    requests: Sequence[tuple[str, str]],
+    quantization: str,
 ) -> dict[str, Any]:
     """Every request's probabilities, and how long both loops take."""
     peft: Any = importlib.import_module("peft")
@@ -131,7 +150,12 @@ def answer(
         own = [text for other, text in requests if other == name]
         if own:
             one(name, own)
-    return {"probs": probs, "seconds": [alone, time.perf_counter() - start]}
+    found = {"probs": probs, "seconds": [alone, time.perf_counter() - start]}
+    quantized = None
+    if quantization != "none":
+        classifiers.quantize(quantization)
+        quantized = [one(name, [text])[0] for name, text in requests]
+    return found | {"quantized_probs": quantized}
 
 
 def main() -> None:
@@ -146,7 +170,7 @@ def main() -> None:
         print("{}")
         return
     torch.set_num_threads(job["num_threads"])
-    print(json.dumps(answer(classifiers, job["adapters"], job["requests"])))
+    print(json.dumps(answer(classifiers, job["adapters"], job["requests"], job["quantization"])))
 
 
 if __name__ == "__main__":
