@@ -208,6 +208,9 @@ def test_classify(run: Run, server: Served) -> None:
         assert row["label"] in LABELS
     tokens = run("classify", "abc", "-m", "names").stdout.splitlines()
     assert [line.split()[-1] for line in tokens[1:]] == ["a", "b", "c"]
+    joined = run("classify", "abc", "-m", "names", "--entities").stdout.splitlines()
+    assert "".join(line.split()[-1] for line in joined[1:]) == "abc"  # LABEL_n is never O
+    assert "whole texts" in run("classify", "abc", "-m", "mood", "--entities", status=1).stderr
     assert "poet" in run("classify", "abc", "-m", "poet", status=1).stderr
     run("classify", "abc", status=2)  # no model
     run("adapters", "rm", *folders)
