@@ -407,7 +407,7 @@ def test_a_registration_that_fails_late_leaves_nothing(
     """The files are stored, and then the registry cannot take the name."""
     store = runtime.adapters.store
 
-    def broken(name: str, digest: str, labels: object) -> str | None:
+    def broken(name: str, digest: str, *said: object) -> str | None:
         assert store.folder(digest).exists()
         raise OSError("disk full")
 
