@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -207,10 +208,7 @@ def read_packed(path: Path, digest: str, made_for: str) -> PackedAdapter | None:
             metadata = file.metadata() or {}
             if not _identity(digest, made_for).items() <= metadata.items():
                 return None
-            layout = [
-                (_fields_from_json(kind, fields), tuple(map(_place_from_json, places)))
-                for kind, fields, places in json.loads(metadata["layout"])
-            ]
+            layout = _layout_from_json(metadata["layout"])
             data = file.get_tensor("data")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
@@ -234,6 +232,15 @@ def _fields_from_json(kind: str, fields: dict[str, Any]) -> Primitive:
         return tuple(given) if isinstance(given, list) else given
 
     return _KINDS[kind](**{name: value(given) for name, given in fields.items()})
+
+
+@lru_cache(maxsize=32)
+def _layout_from_json(text: str) -> Layout:
+    """Adapters of one method, rank and targets have one layout, and it is no small text."""
+    return tuple(
+        (_fields_from_json(kind, fields), tuple(map(_place_from_json, places)))
+        for kind, fields, places in json.loads(text)
+    )
 
 
 def _place_to_json(place: Place) -> list[Any]:
