@@ -1,13 +1,16 @@
 """Paged attention as transformers' attention function: writes the step's keys and values, attends.
 
 Registered under `NAME` and under no mask name, so that models build no mask. The CPU kernels attend
-where they can, else torch. The reference that tests and the start-up probe compare with is
-transformers' own eager attention.
+where they can, Triton's on a GPU that it compiles for, else torch; under `TORCH_NAME` torch alone.
+The reference that tests and the start-up probe compare with is transformers' own eager attention.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections import defaultdict
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from peftcore.ops import VARIABLE
 from peftcore.ops.cpu import kernels
 from server.models.context import ChunkRows, ForwardContext, current_context
 from server.models.kv_pool import KVPool
 
 NAME = "polypeft_paged"
+TORCH_NAME = "polypeft_paged_torch"
+#: What Triton compiles for.
+_CAPABILITY = (8, 0)
 
 
 def paged_attention(
@@ -51,10 +58,30 @@ def paged_attention(
         `[1, rows, heads, v_head_dim]`, and None for the weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    how = Scores(scale, sliding_window, softcap, s_aux)
+    how = _scores(query, scaling, sliding_window, softcap, s_aux)
+    if attends_by_triton(query.device):
+        return _attend_by_triton(layer, query, key, value, how), None
     if has_kernels(current_context().pool, query):
         return attend(layer, query, key, value, how), None
+    return _attend_by_torch(layer, query, key, value, how), None
+
+
+def paged_attention_by_torch(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`paged_attention` without kernels, for a model that they do not serve right."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    how = _scores(query, scaling, sliding_window, softcap, s_aux)
     return _attend_by_torch(layer, query, key, value, how), None
 
 
@@ -65,6 +92,45 @@ class Scores(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+
+def _scores(
+    query: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Scores:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Scores(scale, window, softcap, sinks)
+
+
+def attends_by_triton(device: torch.device) -> bool:
+    """Is Triton's kernel the one for this device? As for `peftcore.ops.select`.
+
+    Raises:
+        RuntimeError: it is asked for, and cannot be.
+    """
+    choice = os.environ.get(VARIABLE)
+    if choice != "triton":
+        return choice is None and _compiles_for(device)
+    if not _has_triton():
+        raise RuntimeError(f"{VARIABLE}=triton: the package triton is not installed")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{VARIABLE}=triton: on a CPU it needs TRITON_INTERPRET=1")
+    return True
+
+
+@cache
+def _compiles_for(device: torch.device) -> bool:
+    if device.type != "cuda" or not _has_triton():
+        return False
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def has_kernels(pool: KVPool, query: Tensor) -> bool:
@@ -120,6 +186,20 @@ def _plan(context: ForwardContext) -> Any:
         chunks.append((start, end - start, position, len(blocks)))
         blocks.extend(table)
     return kernels().Plan(context.slots, torch.tensor(blocks), chunks, context.pool.block_size)
+
+
+def _attend_by_triton(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scores) -> Tensor:
+    from peftcore.ops.triton import attention as kernel  # imports triton
+
+    context = current_context()
+    plan = context.shared.get("plan")
+    if plan is None:
+        plan = context.shared["plan"] = kernel.Plan.of(context.chunks, query.device)
+    keys, values = context.pool.keys[layer], context.pool.values[layer]
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    kernel.write(context.slots, rows[1], rows[2], keys, values)
+    out = kernel.attend(plan, rows[0], keys, values, kernel.Scores(*how, causal=context.causal))
+    return out.unsqueeze(0)
 
 
 # -- by torch ------------------------------------------------------------------------------------
@@ -291,3 +371,4 @@ def _attention(
 
 
 AttentionInterface.register(NAME, paged_attention)
+AttentionInterface.register(TORCH_NAME, paged_attention_by_torch)

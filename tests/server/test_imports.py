@@ -20,7 +20,7 @@ for quantization in ("nf4", "int8"):
                         kv_memory="1MiB", device="cpu")
     build_runtime(settings).close()
 unwanted = ("bitsandbytes", "xgrammar", "transformers.trainer", "datasets", "pandas", "peft",
-            "peftcore.model")
+            "peftcore.model", "peftcore.ops.triton")
 print([name for name in unwanted if name in sys.modules])
 """
 
