@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from peftcore import ops
 from peftcore.arena import AdapterArena
 from peftcore.base import BaseModel
 from peftcore.checkpoint import adapterhub_format
@@ -254,7 +255,7 @@ def assemble(
             "quantization": loaded.quantization,
             "activations": loaded.activations,
             "device": str(loaded.device),
-            "kernels": kernels_status() if loaded.device.type == "cpu" else "torch",
+            "kernels": ops.status(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
             "max_model_len": max_model_len,

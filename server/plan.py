@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import torch
 from transformers import AutoConfig
 
-from peftcore.ops.cpu import kernels_status
+from peftcore import ops
 from peftcore.quant import Quantization
 from peftcore.sources.resolve import resolve_model
 from server.adapters import registry
@@ -119,7 +119,7 @@ def make_plan(settings: Settings) -> Plan:
         "quantization": settings.quantization,
         "device": str(device),
         "threads": str(settings.num_threads or torch.get_num_threads()),
-        "kernels": kernels_status() if device.type == "cpu" else "torch",
+        "kernels": ops.status(device),
         "base": f"{mebibytes(base)} of weights",
         "KV cache": f"{mebibytes(memory.kv_cache)}, {capacity} tokens",
         "context": f"{settings.max_model_len or limit} tokens",

@@ -75,6 +75,17 @@ def select(device: torch.device) -> Kernels | None:
     return cast("Kernels | None", kernels())
 
 
+def status(device: torch.device) -> str:
+    """What `select` gives, in words: for the log and for /health."""
+    from peftcore.ops.cpu import kernels, kernels_status
+
+    ops = select(device)
+    if ops is not None and ops is not kernels():
+        return "triton"
+    forced = os.environ.get(VARIABLE) == "torch"
+    return kernels_status() if device.type == "cpu" and not forced else "torch"
+
+
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -88,4 +99,5 @@ __all__ = [
     "RowsPart",
     "VectorPart",
     "select",
+    "status",
 ]

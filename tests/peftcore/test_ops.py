@@ -22,8 +22,9 @@ from peftcore.ops import (
     grouped,
     reference,
     select,
+    status,
 )
-from peftcore.ops.cpu import kernels
+from peftcore.ops.cpu import kernels, kernels_status
 
 OPS = {"reference": reference, "grouped": grouped}
 POPULARITIES = ["distinct", "identical", "uniform", "zipf", "skewed"]
@@ -337,3 +338,13 @@ def test_grouped_has_the_operations_of_the_reference() -> None:
     for name in names:
         mine, plain = (inspect.signature(getattr(m, name)) for m in (grouped, reference))
         assert list(mine.parameters) == list(plain.parameters)
+
+
+def test_the_status_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert status(cpu) == kernels_status()
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert status(cpu) == "torch"
+    pytest.importorskip("triton")
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert status(cpu) == "triton"

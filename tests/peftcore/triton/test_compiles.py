@@ -45,6 +45,7 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_gpus(tmp_path: object) -> None:
     pytest.importorskip("triton", reason="there is no triton for this platform")
     if torch.version.hip:
