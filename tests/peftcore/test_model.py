@@ -272,7 +272,7 @@ def test_a_wrong_file_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = saved(tmp_path)
     path.rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"adapter_model.bin: a pickle can run code.*again"):
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin: a pickle .*can run code.*again"):
         PeftModel.from_pretrained(tiny.llama(), tmp_path)
 
 
