@@ -37,6 +37,7 @@ from torch import Tensor
 
 from loadtests.gpu_account import MODELS, Shapes
 from loadtests.gpu_check import facts
+from loadtests.kernel_low_rank import Segment, joined
 from loadtests.traffic import choose
 from peftcore.ops import Kernels, LowRankPart, grouped, select
 from peftcore.ops.cpu import kernels
@@ -138,23 +139,13 @@ class Module:
     b: Tensor
 
 
-Segment = tuple[int, int, int]  # rows [first, end) are the adapter's
-
-
 def segments_of(case: Case) -> list[Segment]:
     """In the order of adapters, as the engine packs rows; neighbours of one adapter are one."""
     owners = sorted(
         choose(case.popularity, case.streams, case.adapters, num_streams=case.streams, zipf_s=1.0,
                rng=random.Random(0))
     )  # fmt: skip
-    each = case.rows // case.streams
-    found: list[Segment] = []
-    for i, owner in enumerate(owners):
-        if found and found[-1][2] == owner:
-            found[-1] = (found[-1][0], (i + 1) * each, owner)
-        else:
-            found.append((i * each, (i + 1) * each, owner))
-    return found
+    return joined(owners, case.rows // case.streams)
 
 
 def make_layer(model: Shapes, case: Case, device: torch.device, seed: int) -> list[Module]:

@@ -55,7 +55,11 @@ def segments_of(popularity: str, num_rows: int, rng: random.Random) -> list[Segm
     owners = choose(
         popularity, NUM_STREAMS, NUM_ADAPTERS, num_streams=NUM_STREAMS, zipf_s=_ZIPF_S, rng=rng
     )
-    each = num_rows // NUM_STREAMS
+    return joined(owners, num_rows // NUM_STREAMS)
+
+
+def joined(owners: Sequence[int], each: int) -> list[Segment]:
+    """Segments of `each` rows an owner, in their order; neighbours of one owner are one."""
     found: list[Segment] = []
     for i, owner in enumerate(owners):
         if found and found[-1][2] == owner:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,6 +26,8 @@ from peftcore.ops.segments import BlocksPart, LowRankPart, MapPart, RowsPart, Ve
 
 #: Forces one implementation: "cpu", "triton" (on a CPU by TRITON_INTERPRET=1) or "torch".
 VARIABLE = "POLYPEFT_OPS"
+#: Of the GPUs that Triton compiles the kernels for.
+_CAPABILITY = (8, 0)
 
 
 class Kernels(Protocol):
@@ -55,20 +58,33 @@ class Kernels(Protocol):
         ...
 
 
-def select(device: torch.device) -> Kernels | None:
-    """The kernels for what lies on `device`; None where torch alone computes.
+def uses_triton(device: torch.device) -> bool:
+    """Are Triton's kernels the ones for this device?
 
     Raises:
         ValueError: the environment forces what is not known.
+        RuntimeError: it forces Triton, which cannot be.
     """
-    forced = os.environ.get(VARIABLE)
-    if forced not in (None, "cpu", "triton", "torch"):
-        raise ValueError(f"{VARIABLE}={forced}: not cpu, triton or torch")
-    if forced == "triton" or (forced is None and device.type == "cuda" and _has_triton()):
+    forced = _forced()
+    if forced != "triton":
+        return forced is None and _compiles_for(device)
+    if not _has_triton():
+        raise RuntimeError(f"{VARIABLE}=triton: the package triton is not installed")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{VARIABLE}=triton: on a CPU it needs TRITON_INTERPRET=1")
+    return True
+
+
+def select(device: torch.device) -> Kernels | None:
+    """The kernels for what lies on `device`; None where torch alone computes.
+
+    Raises as `uses_triton`.
+    """
+    if uses_triton(device):
         from peftcore.ops import triton
 
         return cast(Kernels, triton)
-    if forced == "torch" or device.type != "cpu":
+    if _forced() == "torch" or device.type != "cpu":
         return None
     from peftcore.ops.cpu import kernels
 
@@ -77,13 +93,25 @@ def select(device: torch.device) -> Kernels | None:
 
 def status(device: torch.device) -> str:
     """What `select` gives, in words: for the log and for /health."""
-    from peftcore.ops.cpu import kernels, kernels_status
+    from peftcore.ops.cpu import kernels_status
 
-    ops = select(device)
-    if ops is not None and ops is not kernels():
+    if uses_triton(device):
         return "triton"
-    forced = os.environ.get(VARIABLE) == "torch"
-    return kernels_status() if device.type == "cpu" and not forced else "torch"
+    return "torch" if _forced() == "torch" or device.type != "cpu" else kernels_status()
+
+
+def _forced() -> str | None:
+    forced = os.environ.get(VARIABLE)
+    if forced not in (None, "cpu", "triton", "torch"):
+        raise ValueError(f"{VARIABLE}={forced}: not cpu, triton or torch")
+    return forced
+
+
+@cache
+def _compiles_for(device: torch.device) -> bool:
+    if device.type != "cuda" or not _has_triton():
+        return False
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def _has_triton() -> bool:
@@ -100,4 +128,5 @@ __all__ = [
     "VectorPart",
     "select",
     "status",
+    "uses_triton",
 ]

@@ -7,10 +7,8 @@ The reference that tests and the start-up probe compare with is transformers' ow
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections import defaultdict
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from peftcore.ops import VARIABLE
+from peftcore.ops import select, uses_triton
 from peftcore.ops.cpu import kernels
 from server.models.context import ChunkRows, ForwardContext, current_context
 from server.models.kv_pool import KVPool
 
 NAME = "polypeft_paged"
 TORCH_NAME = "polypeft_paged_torch"
-#: What Triton compiles for.
-_CAPABILITY = (8, 0)
 
 
 def paged_attention(
@@ -40,6 +36,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    torch_alone: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every row to its own sequence's cached positions.
@@ -53,35 +50,18 @@ def paged_attention(
         sliding_window: a row sees this many positions, its own included.
         softcap: scores become softcap · tanh(scores / softcap).
         s_aux: per head a logit that takes probability and has no value (attention sinks).
+        torch_alone: without kernels, for a model that they do not serve right.
 
     Returns:
         `[1, rows, heads, v_head_dim]`, and None for the weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    how = _scores(query, scaling, sliding_window, softcap, s_aux)
-    if attends_by_triton(query.device):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = Scores(scale, sliding_window, softcap, s_aux)
+    if not torch_alone and uses_triton(query.device):
         return _attend_by_triton(layer, query, key, value, how), None
-    if has_kernels(current_context().pool, query):
+    if not torch_alone and has_kernels(current_context().pool, query):
         return attend(layer, query, key, value, how), None
-    return _attend_by_torch(layer, query, key, value, how), None
-
-
-def paged_attention_by_torch(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`paged_attention` without kernels, for a model that they do not serve right."""
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    how = _scores(query, scaling, sliding_window, softcap, s_aux)
     return _attend_by_torch(layer, query, key, value, how), None
 
 
@@ -94,49 +74,10 @@ class Scores(NamedTuple):
     sinks: Tensor | None = None
 
 
-def _scores(
-    query: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Scores:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Scores(scale, window, softcap, sinks)
-
-
-def attends_by_triton(device: torch.device) -> bool:
-    """Is Triton's kernel the one for this device? As for `peftcore.ops.select`.
-
-    Raises:
-        RuntimeError: it is asked for, and cannot be.
-    """
-    choice = os.environ.get(VARIABLE)
-    if choice != "triton":
-        return choice is None and _compiles_for(device)
-    if not _has_triton():
-        raise RuntimeError(f"{VARIABLE}=triton: the package triton is not installed")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"{VARIABLE}=triton: on a CPU it needs TRITON_INTERPRET=1")
-    return True
-
-
-@cache
-def _compiles_for(device: torch.device) -> bool:
-    if device.type != "cuda" or not _has_triton():
-        return False
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def has_kernels(pool: KVPool, query: Tensor) -> bool:
     """Do the CPU kernels attend for these dtypes?"""
     kept = pool.keys[0].dtype in (torch.float32, torch.float16)
-    return query.is_cpu and query.dtype == torch.float32 and kept and kernels() is not None
+    return query.is_cpu and query.dtype == torch.float32 and kept and bool(select(query.device))
 
 
 def attend(
@@ -371,4 +312,4 @@ def _attention(
 
 
 AttentionInterface.register(NAME, paged_attention)
-AttentionInterface.register(TORCH_NAME, paged_attention_by_torch)
+AttentionInterface.register(TORCH_NAME, partial(paged_attention, torch_alone=True))

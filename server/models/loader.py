@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from peftcore.base import BaseModel
 from peftcore.layers import AdapterHost, AdapterModule, attach
 from peftcore.memory import MappedFiles
-from peftcore.ops.cpu import kernels
+from peftcore.ops import select, uses_triton
 from peftcore.quant import (
     Activations,
     Quantization,
@@ -31,7 +31,7 @@ from peftcore.quant import (
     round_activations,
 )
 from peftcore.tasks import Tasks
-from server.models.attention import NAME, TORCH_NAME, attends_by_triton
+from server.models.attention import NAME, TORCH_NAME
 from server.models.fused import fuse, unfuse
 from server.models.probe import (
     AttentionCall,
@@ -183,13 +183,13 @@ def _make_faster(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None
     """
     kv_shapes = [call.kv_shape for call in calls]
     expected = eager_outputs(model)
-    if attends_by_triton(model.device):
+    if uses_triton(model.device):
         try:
             return probe(model, kv_shapes, expected)
         except Exception as exc:  # whatever a compiler makes of shapes that it has not seen
             logger.warning("torch attends in Triton's place, slower: %s", exc)
             model.set_attn_implementation(TORCH_NAME)
-    elif model.device.type == "cpu" and model.dtype == torch.float32 and kernels() is not None:
+    elif model.device.type == "cpu" and model.dtype == torch.float32 and select(model.device):
         replaced = fuse(model, {call.layer: call for call in calls})
         try:
             return probe(model, kv_shapes, expected)

@@ -30,6 +30,7 @@ _FOLDER = Path(__file__).parent
 _NAME = "polypeft_kernels"
 _SOURCES = (
     "bindings.cpp",
+    "bindings_training.cpp",
     "linear.cpp",
     "adapters.cpp",
     "trained.cpp",

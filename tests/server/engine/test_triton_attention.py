@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcore.ops import VARIABLE
-from server.models import attention, loader
-from server.models.attention import NAME, TORCH_NAME, attends_by_triton
+from peftcore import ops
+from peftcore.ops import VARIABLE, uses_triton
+from server.models import attention
+from server.models.attention import NAME, TORCH_NAME
 from server.models.loader import prepare_model
 from tests import tiny
 from tests.recorder import Recorder
@@ -33,8 +34,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
         monkeypatch.setattr(attention, "attend", other)
         monkeypatch.setattr(attention, "_attend_by_torch", other)
     else:
-        monkeypatch.setattr(attention, "kernels", lambda: None)
-        monkeypatch.setattr(loader, "kernels", lambda: None)
+        monkeypatch.setattr(attention, "attend", other)
         monkeypatch.setattr(attention, "_attend_by_triton", other)
 
 
@@ -133,20 +133,20 @@ def test_who_attends(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if choice is not None:
         monkeypatch.setenv(VARIABLE, choice)
-    monkeypatch.setattr(attention, "_has_triton", lambda: True)
+    monkeypatch.setattr(ops, "_has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "_compiles_for", attention._compiles_for.__wrapped__)
-    assert attends_by_triton(torch.device(device)) is expected
+    monkeypatch.setattr(ops, "_compiles_for", ops._compiles_for.__wrapped__)
+    assert uses_triton(torch.device(device)) is expected
 
 
 def test_what_is_asked_for_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="on a CPU it needs TRITON_INTERPRET=1"):
-        attends_by_triton(CPU)
-    monkeypatch.setattr(attention, "_has_triton", lambda: False)
-    monkeypatch.setattr(attention, "_compiles_for", attention._compiles_for.__wrapped__)
+        uses_triton(CPU)
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    monkeypatch.setattr(ops, "_compiles_for", ops._compiles_for.__wrapped__)
     with pytest.raises(RuntimeError, match="the package triton is not installed"):
-        attends_by_triton(CPU)
+        uses_triton(CPU)
     monkeypatch.delenv(VARIABLE)
-    assert not attends_by_triton(torch.device("cuda")), "torch attends on a GPU without Triton"
+    assert not uses_triton(torch.device("cuda")), "torch attends on a GPU without Triton"

@@ -31,7 +31,7 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who attends."""
     assert kernels() is not None, kernels_status()
     if request.param == "torch":
-        monkeypatch.setattr(attention, "kernels", lambda: None)
+        monkeypatch.setattr(attention, "select", lambda device: None)
     return request.param
 
 
@@ -257,7 +257,7 @@ def test_a_model_s_logits_are_those_of_eager_attention(
     with torch.inference_mode():
         expected = [model(torch.tensor([p]), use_cache=False).logits[0] for p in prompts]
     if by == "torch":
-        monkeypatch.setattr(loader, "kernels", lambda: None)
+        monkeypatch.setattr(loader, "select", lambda device: None)
     loaded = prepare_model(model, "none", CPU)
     for seed in range(3):
         block_size = (3, 4, 16)[seed]
@@ -294,7 +294,7 @@ def test_the_comparison_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(context, group, window + 1 if decodes and window else window)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attention, "_mask", mask)
-    monkeypatch.setattr(attention, "kernels", lambda: None)
+    monkeypatch.setattr(attention, "select", lambda device: None)
     monkeypatch.setattr(loader, "probe", lambda *args: None)
     with pytest.raises(AssertionError, match="mistral: sequence"):
         test_a_model_s_logits_are_those_of_eager_attention("mistral", "torch", monkeypatch)

@@ -143,8 +143,8 @@ def wrong(**changes: Any) -> Any:
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own modules, and attention by torch."""
-    monkeypatch.setattr(loader, "kernels", lambda: None)
-    monkeypatch.setattr(attention, "kernels", lambda: None)
+    monkeypatch.setattr(loader, "select", lambda device: None)
+    monkeypatch.setattr(attention, "select", lambda device: None)
 
 
 @pytest.mark.usefixtures("by_torch")
