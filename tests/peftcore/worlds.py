@@ -114,3 +114,14 @@ class World:
         with quiet():
             model = peft.PeftModel.from_pretrained(copy.deepcopy(self.model), self.folders[name])
         return model.eval()
+
+
+#: LoRA's options that replace or scale something.
+NOT_ADDING_LORA = [
+    "lora-saved", "lora-head-saved", "lora-tokens", "lora-tokens-tied", "lora-tokens-apart",
+]  # fmt: skip
+
+
+def can_be_mixed(name: str) -> bool:
+    adding = ("lora", "adalora", "vera", "loha", "lokr")
+    return name.startswith(adding) and name not in NOT_ADDING_LORA
