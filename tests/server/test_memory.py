@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peftcore import ops
 from server.build import SetupError, build_runtime
 from server.memory import (
     MemoryPlan,
@@ -30,10 +32,13 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def free_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def free_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that tells of 1,000 MiB free of 2,000."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * MIB, 2000 * MIB))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    yield
+    ops._compiles_for.cache_clear()
 
 
 def gpu_plan(*, is_loaded: bool, kv_memory: int | None, adapters: int = 200 * MIB) -> MemoryPlan:
