@@ -156,7 +156,8 @@ class AdapterStore:
             "files_sha256": _hash_files(staged),
         }
         for name in names:
-            _fsync(staged / name)
+            # Loading reads the packed form, which is what the system's memory should keep.
+            _fsync(staged / name, uncached=PACKED_NAME in names and name != PACKED_NAME)
         _fsync(staged)
         with self._lock:
             stored = self._row(record.digest)
@@ -403,11 +404,17 @@ def _is_intact(folder: Path, files_sha256: str) -> bool:
         return False
 
 
-def _fsync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
+def _fsync(path: Path, *, uncached: bool = False) -> None:
+    """Force a file, or a folder's list of names, to the disk.
+
+    Args:
+        uncached: tell the system that nobody will read it soon.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if uncached and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
