@@ -13,7 +13,9 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from enum import Enum, StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from peftcore.checkpoint.reader import PREFIX
 from peftcore.errors import ConfigError, UnsupportedError
 from peftcore.parts import SHARED_PREFIX, ModulePart, Parts, Prompt, ReplacedModule, Shared
+from peftcore.refusals import METHODS
 
 if TYPE_CHECKING:
     from peftcore.base import BaseModel
@@ -203,12 +206,16 @@ class AdapterConfig(ABC):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, subfolder: str | None = None
+        cls, name_or_path: str | Path, subfolder: str | None = None, **download: Any
     ) -> AdapterConfig:
-        """The config in a folder or a repository of the hub. Raises as `config_from_json`."""
+        """The config in a folder or a repository of the hub. Raises as `config_from_json`.
+
+        Args:
+            download: of the hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        """
         from peftcore.checkpoint.peft_format import locate, read_config
 
-        return read_config(locate(name_or_path, subfolder))
+        return read_config(locate(name_or_path, subfolder, **download))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`."""
@@ -221,27 +228,64 @@ _REGISTRY: dict[str, type[AdapterConfig]] = {}
 
 C = TypeVar("C", bound=type)
 
-#: Methods of PEFT's that cannot be served by adapter programs, or not yet: type → why, what to do.
-_REFUSED_METHODS: dict[str, str] = {
-    **dict.fromkeys(
-        ["BOFT", "FOURIERFT", "WAVEFT", "C3A", "SHIRA", "RANDLORA", "HIRA", "SUPERTUNING", "OSF"],
-        "its update has full rank: merge it into a base model of its own",
-    ),
-    "XLORA": "it routes between adapters at run time: name a mixture in the request instead",
-    "POLY": "it routes between adapters at run time: name a mixture in the request instead",
-    "ADAPTION_PROMPT": "it gates attention inside the layer: train prefix tuning instead",
-    **dict.fromkeys(
-        ["VBLORA", "HRA", "MISS", "DELORA", "GRALORA"],
-        "its low-rank updates are not implemented in this version: convert it to LoRA",
-    ),
-}
-
 
 def register(cls: C) -> C:
-    """Class decorator: enter a config class into the registry under its `peft_type`."""
+    """Class decorator: enter a config class into the registry under its `peft_type`.
+
+    Its constructor then takes every option of PEFT's: those that change nothing that is computed
+    here, and those at a value that does nothing, are left out, the others are refused by name.
+    """
     config_class = cast(type[AdapterConfig], cls)
     _REGISTRY[config_class.peft_type] = config_class
+    changed: Any = cls
+    made = changed.__init__
+
+    @wraps(made)
+    def __init__(self: Any, /, **options: Any) -> None:
+        """Raises ConfigError, UnsupportedError."""
+        try:
+            made(self, **_own_options(config_class, options))
+        except ValidationError as exc:
+            raise _explained(exc) from None
+
+    changed.__init__ = __init__
     return cls
+
+
+def _own_options(cls: type[AdapterConfig], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are fields of the class. Raises UnsupportedError for one that is not."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    own: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in fields:
+            own[name] = value
+        elif name == "peft_type":
+            if value != cls.peft_type:
+                raise ConfigError("peft_type", f"{value!r}, where {cls.peft_type} is made")
+        elif name in cls.training_only or _is_neutral(value):
+            continue
+        elif name in cls.refused:
+            raise UnsupportedError(name, cls.refused[name])
+        else:
+            near = get_close_matches(name, fields, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UnsupportedError(
+                name,
+                f"not known for {cls.peft_type}, and set: it may change what the adapter computes"
+                f"{hint}",
+            )
+    return own
+
+
+def _explained(error: ValidationError) -> ConfigError:
+    """The first of pydantic's complaints, under the field's name."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    field, *inner = [str(part) for part in first["loc"]] or ["config"]
+    where = f" (at {'.'.join(inner)})" if inner else ""
+    return ConfigError(field, first["msg"] + where)
 
 
 def supported_methods() -> list[str]:
@@ -270,40 +314,15 @@ def config_from_dict(raw: Mapping[str, Any]) -> AdapterConfig:
     cls = _REGISTRY.get(peft_type)
     if cls is None:
         supported = f"Supported methods: {', '.join(supported_methods())}"
-        if peft_type in _REFUSED_METHODS:
+        if peft_type in METHODS:
             raise UnsupportedError(
-                "peft_type",
-                f"{peft_type} is not served: {_REFUSED_METHODS[peft_type]}. {supported}",
+                "peft_type", f"{peft_type} is not supported: {METHODS[peft_type]}. {supported}"
             )
         raise UnsupportedError(
             "peft_type", f"{peft_type!r} is not a method known here. {supported}"
         )
 
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key == "peft_type" or (key in cls.training_only and key not in fields):
-            continue
-        if key in fields:
-            values[key] = value
-        elif _is_neutral(value):
-            continue
-        elif key in cls.refused:
-            raise UnsupportedError(key, cls.refused[key])
-        else:
-            raise UnsupportedError(
-                key, f"not known for {peft_type}, and set: it may change what the adapter computes"
-            )
-    try:
-        return cls(**values)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        field, *inner = [str(part) for part in first["loc"]] or ["config"]
-        where = f" (at {'.'.join(inner)})" if inner else ""
-        raise ConfigError(field, first["msg"] + where) from None
+    return cls(**raw)
 
 
 def config_from_json(text: str | bytes) -> AdapterConfig:
@@ -329,13 +348,34 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+class PeftType(StrEnum):
+    """The methods by PEFT's names, and one more."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    VERA = "VERA"
+    IA3 = "IA3"
+    OFT = "OFT"
+    LN_TUNING = "LN_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    BOTTLENECK = "BOTTLENECK"
+
+
 class TaskType(StrEnum):
-    """The tasks of PEFT that are supported here."""
+    """PEFT's tasks. The last two are refused where a model is made, with what to do instead."""
 
     SEQ_CLS = "SEQ_CLS"
     CAUSAL_LM = "CAUSAL_LM"
     TOKEN_CLS = "TOKEN_CLS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    QUESTION_ANS = "QUESTION_ANS"
 
 
 class PatternMatcher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,30 @@ def test_a_refused_option_says_what_to_do(method: str, option: str) -> None:
     why, _, what_to_do = str(error).removeprefix(f"{option}: ").partition(": ")
     assert why
     assert what_to_do
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_a_config_is_made_with_every_option_of_pefts(method: str) -> None:
+    """At PEFT's defaults; what would compute something else is refused as in a file."""
+    ours, theirs = SERVED[method]
+    required = REQUIRED.get(method, {})
+    with quiet():
+        options = vars(theirs(**required)) | {"peft_version": None}
+    assert ours(**options) == ours(**required)
+    for option, why in ours.refused.items():
+        with pytest.raises(UnsupportedError, match=re.escape(why)):
+            ours(**required, **{option: {"a": 1}})
+    with pytest.raises(UnsupportedError, match=f"new_option: not known for {method}"):
+        ours(**required, new_option=1)
+    with pytest.raises(ConfigError, match="peft_type: 'BOFT', where"):
+        ours(**required, peft_type="BOFT")
+    with pytest.raises(ConfigError, match="task_type: Input should be a valid string"):
+        ours(**required, task_type=5)
+
+
+def test_a_slip_of_the_pen_is_found() -> None:
+    assert "did you mean lora_alpha?" in str(refusal({"peft_type": "LORA", "lora_aplha": 16}))
+    assert "did you mean" not in str(refusal({"peft_type": "LORA", "banana": 16}))
 
 
 @pytest.mark.parametrize("method", SERVED)
