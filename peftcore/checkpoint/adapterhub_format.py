@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,7 +30,7 @@ from peftcore.checkpoint.files import replace_file
 from peftcore.checkpoint.reader import PICKLE, PREFIX, TensorReader
 from peftcore.config import CONFIG_NAME, AdapterConfig
 from peftcore.errors import CheckpointError, ConfigError, UnsupportedError
-from peftcore.methods.bottleneck import PRESETS, BottleneckConfig
+from peftcore.methods.bottleneck import BottleneckConfig
 
 WEIGHTS_NAME = "adapter.safetensors"
 
@@ -66,13 +66,6 @@ _OFF: dict[str, Any] = {
 #: Keys that AdapterHub gives no default.
 _REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
 
-_OLD_PRESETS = {
-    "pfeiffer": "seq_bn",
-    "houlsby": "double_seq_bn",
-    "parallel": "par_bn",
-    "scaled_parallel": "scaled_par_bn",
-}
-
 #: What the activations were called before configs had a version.
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
@@ -106,10 +99,7 @@ def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = raw["config"]
     if isinstance(given, str):
-        name = _OLD_PRESETS.get(given, given)
-        if name not in PRESETS:
-            raise UnsupportedError("config", f"{given!r} is not one of {_names(PRESETS)}")
-        given = dataclasses.asdict(BottleneckConfig.preset(name))
+        given = dataclasses.asdict(BottleneckConfig.preset(given))
     if not isinstance(given, dict):
         raise ConfigError("config", f"an object is expected, not {type(given).__name__}")
     if given.get("architecture") is not None:
@@ -133,10 +123,6 @@ def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if task == "CAUSAL_LM":
         values["task_type"] = task
     return {"peft_type": BottleneckConfig.peft_type, **values}
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _task(model_class: object) -> str | None:

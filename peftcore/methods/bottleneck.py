@@ -56,6 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["scaled_par_bn"] = PRESETS["par_bn"] | {"scaling": "learned"}
 
+#: What they were called before.
+_OLD_PRESETS = {
+    "pfeiffer": "seq_bn",
+    "houlsby": "double_seq_bn",
+    "parallel": "par_bn",
+    "scaled_parallel": "scaled_par_bn",
+}
+
 
 @register
 @dataclass(config=strict, kw_only=True)
@@ -128,14 +136,17 @@ class BottleneckConfig(AdapterConfig):
 
     @classmethod
     def preset(cls, name: str, /, **changes: Any) -> Self:
-        """AdapterHub's config of that name, with changes.
+        """AdapterHub's config of that name, with changes: `seq_bn` (`pfeiffer`), `double_seq_bn`
+        (`houlsby`), `par_bn` (`parallel`), `scaled_par_bn` (`scaled_parallel`).
 
         Raises:
             UnsupportedError: not the name of a bottleneck.
         """
-        if name not in PRESETS:
-            raise UnsupportedError("config", f"{name!r} is not one of {', '.join(sorted(PRESETS))}")
-        return cls(**(PRESETS[name] | changes))
+        found = PRESETS.get(_OLD_PRESETS.get(name, name))
+        if found is None:
+            names = ", ".join(sorted([*PRESETS, *_OLD_PRESETS]))
+            raise UnsupportedError("config", f"{name!r} is not one of {names}")
+        return cls(**(found | changes))
 
     def completed(self, base: BaseModel) -> Self:
         self._check_base(base)

@@ -172,6 +172,12 @@ def test_named_configs_are_its_own() -> None:
     old["config"] = raw["config"] | {"non_linearity": "gelu"}
     assert config_from_dict(old).non_linearity == "gelu_new"
     assert BottleneckConfig.preset("scaled_par_bn").scaling == "learned"
+    assert BottleneckConfig.preset("pfeiffer", reduction_factor=4) == BottleneckConfig(
+        reduction_factor=4
+    )
+    assert BottleneckConfig.preset("houlsby") == BottleneckConfig.preset("double_seq_bn")
+    with pytest.raises(UnsupportedError, match=r"config: 'compacter' is not one of .*, houlsby, "):
+        BottleneckConfig.preset("compacter")
     defaults = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 4,
                 "non_linearity": "relu"}  # fmt: skip
     assert config_from_dict(raw | {"config": defaults}).original_ln_before is False
