@@ -2,10 +2,18 @@
 
 Runs the engine in this process, without HTTP: a batch of streams is prefilled and decoded, once for
 warming up and then --repeats times, with a clock around every kernel and every part of the step.
-Decode steps are told apart from steps that prefill. "adapters" is what the linear kernels take
-longer with adapters than without, from two runs over the same prompts; "other" is what is left of
-the model's pass: torch operators, transformers' own code, Python. Figures are medians over the
-steps of all repeats, in milliseconds; the clocks themselves add about 0.2 ms a step.
+Decode steps are told apart from steps that prefill. Figures are medians over the steps of all
+repeats, in milliseconds; the clocks themselves add about 0.2 ms a step.
+
+    schedule, prepare   chunks for the step; rows, segments and tables for the model
+    linear              the base's matrices
+    adapters            what the linear kernels take longer with adapters than without
+    attention, norms, gates
+    python              what is left of the model's pass: transformers' own code, Python, and the
+                        few small operators that are torch's
+    sample
+    detokenize          text of tokens
+    deliver             what else is done for each token: stops, results
 
     python -m loadtests.step --quantization nf4 --streams 16
     python -m loadtests.step --streams 1 --adapters 1 --json step.json
@@ -18,8 +26,9 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +37,7 @@ from tqdm import tqdm
 
 from loadtests.in_process import InProcess, Run, in_process
 from peftcore.ops.cpu import kernels, kernels_status
+from server.tokenization import Detokenizer
 
 #: Part of a step → the kernels whose time it is.
 _KERNELS = {
@@ -36,7 +46,10 @@ _KERNELS = {
     "norms": ("rms_norm",),
     "gates": ("gate_",),
 }
-_PARTS = ("schedule", "prepare", *_KERNELS, "other", "sample", "deliver")
+_PARTS = ("schedule", "prepare", *_KERNELS, "python", "sample", "detokenize", "deliver")
+
+#: Each step's seconds by part, and whether it is a decode step.
+Steps = list[dict[str, float]]
 
 
 class Clock:
@@ -71,6 +84,7 @@ def clocked(clock: Clock, world: InProcess) -> Iterator[None]:
         (engine.sampler, "sample", "sample"),
         (engine, "_advance", "deliver"),
     ]
+    places += [(Detokenizer, name, "detokenize") for name in ("push", "finish")]
     if kernels() is not None:
         places += [(kernels(), name, part) for part, names in _KERNELS.items() for name in names]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
@@ -83,9 +97,9 @@ def clocked(clock: Clock, world: InProcess) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def steps_of(clock: Clock, world: InProcess, run: Callable[[], Run]) -> list[dict[str, float]]:
+def steps_of(clock: Clock, world: InProcess, run: Callable[[], Run]) -> Steps:
     """Each step of a run: its parts in seconds, `total`, and whether it is a decode step."""
-    steps: list[dict[str, float]] = []
+    steps: Steps = []
     step = world.engine.step
 
     def recording() -> Any:
@@ -97,8 +111,9 @@ def steps_of(clock: Clock, world: InProcess, run: Callable[[], Run]) -> list[dic
         parts = clock.take()
         if "model" in parts:
             inside = sum(parts.get(part, 0.0) for part in _KERNELS)
-            parts["other"] = parts["model"] - inside
+            parts["python"] = parts["model"] - inside
             parts["prepare"] = parts["execute"] - parts["model"]
+            parts["deliver"] = parts.get("deliver", 0.0) - parts.get("detokenize", 0.0)
             steps.append({**parts, "total": total, "decode": float(not prefills)})
         return outputs
 
@@ -110,20 +125,20 @@ def steps_of(clock: Clock, world: InProcess, run: Callable[[], Run]) -> list[dic
     return steps
 
 
-def table(
-    steps: list[dict[str, float]], base: list[dict[str, float]], *, decode: bool
-) -> dict[str, float]:
+def _median(steps: Steps, part: str, decode: bool) -> float:
+    """Milliseconds; nothing where there is no such step."""
+    return 1e3 * statistics.median(
+        [s.get(part, 0.0) for s in steps if s["decode"] == decode] or [0]
+    )
+
+
+def table(steps: Steps, base: Steps, *, decode: bool) -> dict[str, float]:
     """Median milliseconds by part of the steps of one kind; `base`: the same without adapters."""
-    chosen = [s for s in steps if s["decode"] == decode]
-    if not chosen:
+    if not any(s["decode"] == decode for s in steps):
         return {}
-    median = {
-        part: 1e3 * statistics.median(s.get(part, 0.0) for s in chosen)
-        for part in (*_PARTS, "total")
-    }
-    plain = [s.get("linear", 0.0) for s in base if s["decode"] == decode]
-    if base and plain:
-        own = 1e3 * statistics.median(plain)
+    median = {part: _median(steps, part, decode) for part in (*_PARTS, "total")}
+    if any(s["decode"] == decode for s in base):
+        own = _median(base, "linear", decode)
         median["adapters"] = max(0.0, median["linear"] - own)
         median["linear"] = min(median["linear"], own)
     return {part: round(value, 3) for part, value in median.items()}
@@ -148,17 +163,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
 
         cases = [False, True] if args.adapters else [False]
+        seeds = count()  # a prompt that was seen before would be in the prefix cache
         for adapters in cases:
-            run(adapters, 0)
+            run(adapters, next(seeds))
         runs: dict[bool, list[Run]] = {adapters: [] for adapters in cases}
-        steps: dict[bool, list[dict[str, float]]] = {adapters: [] for adapters in cases}
+        steps: dict[bool, Steps] = {adapters: [] for adapters in cases}
         clock = Clock()
-        for i in tqdm(range(args.repeats), desc="repeats", disable=args.quiet):
+
+        def parts(adapters: bool) -> Steps:
+            return steps_of(clock, world, lambda: run(adapters, next(seeds)))
+
+        for _ in tqdm(range(args.repeats), desc="repeats", disable=args.quiet):
             for adapters in cases:
-                seed = 1 + 2 * i + adapters
-                runs[adapters].append(run(adapters, seed))
+                runs[adapters].append(run(adapters, next(seeds)))
                 with clocked(clock, world):
-                    steps[adapters] += steps_of(clock, world, lambda a=adapters, s=seed: run(a, -s))  # type: ignore[misc]
+                    steps[adapters] += parts(adapters)
     result: dict[str, Any] = {
         "kernels": kernels_status(), "threads": torch.get_num_threads(),
         "quantization": args.quantization, "streams": args.streams, "adapters": args.adapters,
@@ -202,10 +221,12 @@ def show(result: dict[str, Any]) -> None:
                 print(f"{part:12}" + "".join(f"{cell:>10}" for cell in cells))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, measure, print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtests.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", help="as polypeft-serve's; the default model by default")
     parser.add_argument("--quantization", choices=("int8", "nf4", "none"), default="int8")
@@ -228,7 +249,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result = measure(args)
     show(result)
     if args.json:
