@@ -10,11 +10,12 @@ import logging
 import sys
 from typing import Any
 
+# On some CPUs its import, maybe by transformers, warns of an optional kernel that is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def bitsandbytes() -> Any:
     """The package; its operators are torch's from then on."""
-    # On some CPUs its import warns of an optional kernel that is not there; it is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes as package
 
     return package

@@ -132,9 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(130)
         if recipe.upload is not None:
             name = recipe.name or recipe.output.resolve().name
-            digest = upload(recipe.output, recipe.upload, name, recipe.api_key)
+            try:
+                digest = upload(recipe.output, recipe.upload, name, recipe.api_key)
+            except UploadError as exc:
+                sys.exit(f"polypeft-train: {exc}; the adapter is in {recipe.output}")
             print(f"uploaded as {name} ({digest})", file=sys.stderr)
-    except (RecipeError, DataError, AdapterError, UploadError, OSError) as exc:
+    except (RecipeError, DataError, AdapterError, OSError) as exc:
         sys.exit(f"polypeft-train: {exc}")
     except KeyboardInterrupt:
         sys.exit(130)

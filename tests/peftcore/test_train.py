@@ -491,6 +491,7 @@ def test_an_upload_that_fails_leaves_the_folder(
         "--method", "LORA", "--steps", "1", "--upload", "http://127.0.0.1:9",
     )  # fmt: skip
     assert "http://127.0.0.1:9/v1/adapters" in text
+    assert f"the adapter is in {tmp_path / 'out'}" in text
     assert (tmp_path / "out" / tiny.WEIGHTS_NAME).is_file()
 
 

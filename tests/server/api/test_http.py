@@ -9,7 +9,9 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
+from peftcore import ops
 from tests.serving import Served
 
 JSON = {"Content-Type": "application/json"}
@@ -348,6 +350,7 @@ def test_no_such_endpoint(server: Served, method: str, path: str, status: int) -
 def test_health_and_metrics(server: Served) -> None:
     health = server.http.get("/health").json()
     assert (health["status"], health["model"]) == ("ok", "tiny")
+    assert health["kernels"] == ops.status(torch.device("cpu")), "what computes"
     server.complete("poet", "metrics")
     text = server.http.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
