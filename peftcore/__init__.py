@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcore.config import (
     AdapterConfig,
+    PeftType,
     TaskType,
     config_from_dict,
     config_from_json,
@@ -30,15 +31,26 @@ from peftcore.methods import (
     LoKrConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
     OFTConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
     PromptTuningConfig,
+    PromptTuningInit,
     TrainableTokensConfig,
     VeraConfig,
 )
+from peftcore.refusals import refusal_of
 
 if TYPE_CHECKING:
+    from peftcore.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from peftcore.export import export_task
     from peftcore.model import (
         PeftModel,
@@ -47,18 +59,27 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-        get_peft_model_state_dict,
         prepare_model_for_kbit_training,
+    )
+    from peftcore.weights import (
+        get_peft_model_state_dict,
+        load_peft_weights,
         set_peft_model_state_dict,
     )
 
-#: PEFT's name of the class that every config derives from.
+#: PEFT's names of the class that every config derives from, and of what makes one of a mapping.
 PeftConfig = AdapterConfig
+get_peft_config = config_from_dict
 
 __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BottleneckConfig",
     "CheckpointError",
     "ConfigError",
@@ -69,6 +90,7 @@ __all__ = [
     "LoraConfig",
     "MixtureError",
     "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "PeftConfig",
     "PeftModel",
@@ -76,9 +98,12 @@ __all__ = [
     "PeftModelForFeatureExtraction",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "TrainableTokensConfig",
     "UnsupportedError",
@@ -86,8 +111,10 @@ __all__ = [
     "config_from_dict",
     "config_from_json",
     "export_task",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "supported_methods",
@@ -95,6 +122,11 @@ __all__ = [
 
 #: Name → the module that it is imported from, at its first use.
 _LAZY = {
+    "AutoPeftModel": "peftcore.auto",
+    "AutoPeftModelForCausalLM": "peftcore.auto",
+    "AutoPeftModelForFeatureExtraction": "peftcore.auto",
+    "AutoPeftModelForSequenceClassification": "peftcore.auto",
+    "AutoPeftModelForTokenClassification": "peftcore.auto",
     "export_task": "peftcore.export",
     "PeftModel": "peftcore.model",
     "PeftModelForCausalLM": "peftcore.model",
@@ -102,14 +134,18 @@ _LAZY = {
     "PeftModelForSequenceClassification": "peftcore.model",
     "PeftModelForTokenClassification": "peftcore.model",
     "get_peft_model": "peftcore.model",
-    "get_peft_model_state_dict": "peftcore.model",
+    "get_peft_model_state_dict": "peftcore.weights",
+    "load_peft_weights": "peftcore.weights",
     "prepare_model_for_kbit_training": "peftcore.model",
-    "set_peft_model_state_dict": "peftcore.model",
+    "set_peft_model_state_dict": "peftcore.weights",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
+        refusal = refusal_of(name)
+        if refusal is not None:
+            raise ImportError(f"peftcore has no {name}: {refusal}", name=__name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)
     return value

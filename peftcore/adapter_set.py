@@ -69,7 +69,17 @@ class AdapterSet(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap `model`, whose own weights are frozen, with no adapter yet."""
+        """Wrap `model`, whose own weights are frozen, with no adapter yet.
+
+        Raises ValueError: the model has adapters already.
+        """
+        if isinstance(model, AdapterSet) or any(
+            isinstance(m, AdapterLayer) for m in model.modules()
+        ):
+            raise ValueError(
+                "model: has adapters already; add_adapter(name, config) or load_adapter(folder, "
+                "name) adds one to them, and unload() gives the base back"
+            )
         super().__init__()
         keep_exact(model)
         self.base_model = AdaptedModel(model.requires_grad_(False))
@@ -115,9 +125,16 @@ class AdapterSet(nn.Module):
         return names or None
 
     def add_adapter(
-        self, adapter_name: str, peft_config: AdapterConfig, low_cpu_mem_usage: bool = False
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a new adapter, initialized as PEFT does; it becomes active by `set_adapter`.
+
+        Args:
+            low_cpu_mem_usage, autocast_adapter_dtype: accepted for PEFT's sake.
 
         Raises:
             ValueError: the name is taken or cannot be one.
@@ -127,6 +144,11 @@ class AdapterSet(nn.Module):
 
     def _add(self, name: str, config: AdapterConfig, fill: Callable[[Parts], None] | None) -> None:
         """Add an adapter, new or filled by `fill`; nothing is left of it where that fails."""
+        if not isinstance(config, AdapterConfig):
+            raise TypeError(
+                f"peft_config: a config of peftcore is expected, not {type(config).__module__}'s "
+                f"{type(config).__name__}: import it from peftcore, or take get_peft_config({{…}})"
+            )
         if name in self.peft_config:
             raise ValueError(f"adapter_name: {name!r} is on this model already")
         if not name or "." in name or name == BASE_NAME:
@@ -282,6 +304,14 @@ class AdapterSet(nn.Module):
             yield
         finally:
             self._context.enabled = before
+
+    def disable_adapter_layers(self) -> None:
+        """The model is the base alone, until `enable_adapter_layers`."""
+        self._context.enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        self._context.enabled = True
 
     # -- merging ---------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from peftcore.methods.prompt_tuning import (
     MultitaskPromptTuningConfig,
     PromptTuningConfig,
 )
-from peftcore.model import PeftModel, get_peft_model_state_dict
+from peftcore.model import PeftModel
 from peftcore.parts import PROMPT_KEY, Parts
+from peftcore.weights import get_peft_model_state_dict
 
 #: Fields of a multitask config that say how its training starts, and how many tasks there are.
 _ONLY_MULTITASK = (

@@ -16,16 +16,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from peftcore import hf_trainer, prompted
 from peftcore.adapter_set import NO_CHECKPOINTING, AdapterSet
 from peftcore.checkpoint import peft_format
-from peftcore.checkpoint.reader import PREFIX, TensorReader
+from peftcore.checkpoint.reader import PREFIX
 from peftcore.config import AdapterConfig
 from peftcore.errors import UnsupportedError
 from peftcore.parts import Parts, ReplacedModule
 from peftcore.quant import is_quantized
-from peftcore.tuner import AdapterLayer
+from peftcore.refusals import TASKS
 
 #: Embeddings by their usual names: PEFT saves them beside an adapter that targets them.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -34,8 +35,11 @@ _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _ROWS_FIELDS = ("token_indices", "trainable_token_indices")
 
 
-class PeftModel(AdapterSet):
-    """A base model with adapters: files, calls and training, by PEFT's names."""
+class PeftModel(PushToHubMixin, AdapterSet):
+    """A base model with adapters: files, calls and training, by PEFT's names.
+
+    `push_to_hub` is transformers', of what `save_pretrained` writes.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class PeftModel(AdapterSet):
         Raises:
             ConfigError, UnsupportedError: the config does not fit the model.
         """
-        _only(kwargs, _LOADING)
+        only(kwargs, LOADING)
         super().__init__(model)
         self.add_adapter(adapter_name, peft_config)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
@@ -72,10 +76,12 @@ class PeftModel(AdapterSet):
         Args:
             state_dict: accepted for PEFT's sake; the adapters' own tensors are written.
             dtype: of the written tensors; by default their own.
+            kwargs: `max_shard_size`, accepted for the sake of `push_to_hub`: one file is written.
 
         Raises:
             ValueError: pickles are asked for, or an adapter is unknown.
         """
+        only(kwargs, {"max_shard_size"})
         if not safe_serialization:
             raise ValueError("safe_serialization: only safetensors files are written")
         if not is_main_process:
@@ -86,12 +92,21 @@ class PeftModel(AdapterSet):
             folder = folder if name == "default" else folder / name
             tensors = self._file_tensors(name, save_embedding_layers)
             tensors = {k: v.to(dtype or v.dtype) for k, v in tensors.items()}
-            config = dataclasses.replace(self._saved_config(name), inference_mode=True)
+            config = dataclasses.replace(
+                self._saved_config(name), inference_mode=True, auto_mapping=self._mapping(name)
+            )
             peft_format.write(folder, config, tensors, self._parts[name])
 
     def _saved_config(self, name: str) -> AdapterConfig:
         """The config as it is written: what training changed of it included."""
         return self.peft_config[name].trained(self._parts[name])
+
+    def _mapping(self, name: str) -> dict[str, str] | None:
+        """The base's class where no task says it: what PEFT's AutoPeftModel goes by."""
+        if self.peft_config[name].task_type is not None:
+            return None
+        model = type(self.get_base_model())
+        return {"base_model_class": model.__name__, "parent_library": model.__module__}
 
     def _file_tensors(self, name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         """The adapter's tensors, and the base's own embeddings where PEFT saves them too."""
@@ -138,8 +153,9 @@ class PeftModel(AdapterSet):
         Raises:
             FileNotFoundError: no such folder or hub repository.
             ConfigError, UnsupportedError, CheckpointError: the adapter does not fit the model.
+            ValueError: the model has adapters already.
         """
-        _only(kwargs, _LOADING)
+        only(kwargs, LOADING)
         folder = peft_format.locate(model_id, subfolder, **_download(kwargs))
         config = config or peft_format.read_config(folder)
         chosen = _class_for(config, cls)
@@ -162,7 +178,7 @@ class PeftModel(AdapterSet):
 
         Raises: as `from_pretrained`; nothing is changed then.
         """
-        _only(kwargs, _LOADING)
+        only(kwargs, LOADING)
         folder = peft_format.locate(model_id, subfolder, **_download(kwargs))
         if adapter_name in self.peft_config:
             self._load_into(folder, adapter_name)
@@ -330,35 +346,38 @@ _BY_TASK: dict[str, type[PeftModel]] = {
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
 
-#: Arguments of PEFT's that change how loading is done and not what comes out.
-_LOADING = {
-    "autocast_adapter_dtype",
-    "low_cpu_mem_usage",
-    "ephemeral_gpu_offload",
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "use_safetensors",
+#: Arguments of a download from the hub.
+DOWNLOAD = {"revision", "token", "cache_dir", "local_files_only"}
+
+#: Arguments of PEFT's that change how loading is done and not what comes out: adapters are float32,
+#: on the base's device.
+LOADING = DOWNLOAD | {
     "adapter_name",
+    "autocast_adapter_dtype",
+    "device_map",
+    "ephemeral_gpu_offload",
+    "low_cpu_mem_usage",
+    "torch_device",
+    "use_safetensors",
 }
 
 
-def _only(kwargs: Mapping[str, Any], known: set[str]) -> None:
+def only(kwargs: Mapping[str, Any], known: set[str]) -> None:
+    """Raises TypeError where there are other arguments than those."""
     for name in kwargs:
         if name not in known:
-            raise TypeError(f"{name}: not an argument known here")
+            raise TypeError(f"{name}: not an argument here; known are {', '.join(sorted(known))}")
 
 
 def _download(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only")
-    return {k: v for k, v in kwargs.items() if k in names}
+    return {k: v for k, v in kwargs.items() if k in DOWNLOAD}
 
 
 def _class_for(config: AdapterConfig, cls: type[PeftModel] = PeftModel) -> type[PeftModel]:
     if config.task_type is not None and config.task_type not in _BY_TASK:
+        instead = f"; {TASKS[config.task_type]}" if config.task_type in TASKS else ""
         raise UnsupportedError(
-            "task_type", f"{config.task_type!r} is not one of {', '.join(_BY_TASK)}"
+            "task_type", f"{config.task_type!r} is not one of {', '.join(_BY_TASK)}{instead}"
         )
     return _BY_TASK.get(config.task_type or "", PeftModel) if cls is PeftModel else cls
 
@@ -372,49 +391,41 @@ def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def get_peft_model(
-    model: PreTrainedModel, peft_config: AdapterConfig, adapter_name: str = "default", **kwargs: Any
+    model: PreTrainedModel,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """A model with a new adapter, of the class that the config's `task_type` says.
 
+    Args:
+        mixed, autocast_adapter_dtype, low_cpu_mem_usage: accepted for PEFT's sake: adapters of any
+            methods may be on one model, and are float32.
+        revision: of the base on the hub, where it is not the main one: noted in the config.
+
     Raises:
         ConfigError, UnsupportedError: the config does not fit the model.
-        ValueError: the model has adapters already: `add_adapter` adds more.
+        ValueError: the model has adapters already.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, AdapterLayer) for m in model.modules()):
-        raise ValueError("model: has adapters already; add_adapter(name, config) adds one")
-    return _class_for(peft_config)(model, peft_config, adapter_name, **kwargs)
-
-
-def get_peft_model_state_dict(
-    model: PeftModel,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """The adapter's tensors under the keys of its file."""
-    model._known(adapter_name)
-    return model._file_tensors(adapter_name, save_embedding_layers)
-
-
-def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Give an adapter the tensors of a file. Raises CheckpointError; nothing is changed then."""
-    model._known(adapter_name)
-    tensors = TensorReader(peft_model_state_dict)
-    with torch.device("meta"):
-        check = model._saved_config(adapter_name).build(model.base)
-    check.load(tensors)
-    tensors.finish()
-    model._parts[adapter_name].load(tensors.again())
+    made = _class_for(peft_config)(model, peft_config, adapter_name)
+    if revision is not None:
+        made.peft_config[adapter_name].revision = revision
+    return made
 
 
 def prepare_model_for_kbit_training(
     model: PreTrainedModel,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> PreTrainedModel:
     """Make a quantized model ready to train adapters on.
+
+    Args:
+        auto_clear_cache: accepted for PEFT's sake.
 
     Everything is frozen, what is not quantized becomes float32, and gradients reach the inputs.
     """

@@ -24,6 +24,12 @@ from peftcore.parts import Parts, Prompt
 #: What a prompt's encoder needs to go on training; PEFT's own files hold its output only.
 ENCODER_NAME = "prompt_encoder.safetensors"
 
+#: What is downloaded of a repository: an adapter's files, and those of a tokenizer that grew.
+_FILES = (
+    *(WEIGHTS_NAME, *adapterhub_format.FILES, ENCODER_NAME),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+)
+
 
 def state_dict(parts: Parts) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, detached."""
@@ -72,7 +78,7 @@ def locate(name_or_path: str | Path, subfolder: str | None = None, **download: A
             folder = Path(
                 snapshot_download(
                     str(name_or_path),
-                    allow_patterns=[f"*{n}" for n in (WEIGHTS_NAME, *adapterhub_format.FILES)],
+                    allow_patterns=[f"*{n}" for n in _FILES],
                     **download,
                 )
             )
@@ -103,7 +109,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> TensorReader:
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise CheckpointError("adapter_model.bin", PICKLE)
-        raise FileNotFoundError(f"{folder}: holds no {WEIGHTS_NAME}")
+        raise FileNotFoundError(f"{folder}: holds no {WEIGHTS_NAME} (pickles are not read)")
     return TensorReader.from_file(path)
 
 

@@ -1,6 +1,6 @@
 """One file a method: its config, its keys in PEFT's files, its compilation to primitives.
 
-To add a method: a config class with `compile`, decorated with `register`, imported here.
+To add a method: a config class with `parts`, decorated with `register`, imported here.
 """
 
 from peftcore.methods.adalora import AdaLoraConfig
@@ -14,8 +14,11 @@ from peftcore.methods.oft import OFTConfig
 from peftcore.methods.prefix_tuning import PrefixTuningConfig
 from peftcore.methods.prompt_tuning import (
     MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
     PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
     PromptTuningConfig,
+    PromptTuningInit,
 )
 from peftcore.methods.trainable_tokens import TrainableTokensConfig
 from peftcore.methods.vera import VeraConfig
@@ -29,10 +32,13 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "TrainableTokensConfig",
     "VeraConfig",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -31,6 +31,31 @@ from peftcore.primitives import Primitive, VirtualTokens
 
 if TYPE_CHECKING:
     from peftcore.base import BaseModel, BaseModule
+
+
+class PromptTuningInit(StrEnum):
+    """What a prompt starts from."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(StrEnum):
+    """What a prompt for several tasks starts from."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """The encoder that P-tuning trains."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 @dataclass(config=strict, kw_only=True)

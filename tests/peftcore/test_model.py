@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,6 +33,7 @@ from peftcore import (
     UnsupportedError,
     get_peft_model,
     get_peft_model_state_dict,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from peftcore.tuner import AdapterLayer
@@ -91,6 +95,11 @@ def test_adapters_of_several_methods_do_not_touch_each_other(tmp_path: Path) -> 
         torch.testing.assert_close(logits(model), logits(in_peft), atol=2e-5, rtol=1e-5)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny.llama()))
+    before = logits(model)
+    model.disable_adapter_layers()
+    assert torch.equal(logits(model), logits(tiny.llama()))
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model), before)
 
 
 def test_a_batch_of_several_adapters_is_each_alone() -> None:
@@ -180,8 +189,42 @@ def test_the_class_follows_the_task() -> None:
     assert type(model) is PeftModelForSequenceClassification
     assert model.modules_to_save == {"classifier", "score"}
     assert config.modules_to_save is None, "the caller's config is not changed"
-    with pytest.raises(UnsupportedError, match="task_type: 'SEQ_2_SEQ_LM' is not one of"):
+    with pytest.raises(UnsupportedError, match=r"'SEQ_2_SEQ_LM' is not one of .*; .*CAUSAL_LM"):
         get_peft_model(tiny.llama(), lora(task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(UnsupportedError, match=r"'QUESTION_ANS' is not one of .*; train TOKEN_CLS"):
+        get_peft_model(tiny.bert(), LoraConfig(task_type=TaskType.QUESTION_ANS))
+
+
+def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
+    theirs: Any = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    with pytest.raises(TypeError, match=r"a config of peftcore is expected, not peft.*LoraConfig"):
+        get_peft_model(tiny.llama(), theirs)
+    model = get_peft_model(tiny.llama(), lora())
+    with pytest.raises(TypeError, match="push_to_hub: not an argument here"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_adapter_alone_is_pushed_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny.llama(), lora())
+    model.add_adapter("other", lora(r=2))
+    pushed: dict[str, int] = {}
+
+    def upload(self: Any, folder: str, repo_id: str, **_: Any) -> str:
+        assert repo_id == "me/mine"
+        files = [p for p in Path(folder).rglob("*") if p.is_file()]
+        pushed.update({str(p.relative_to(folder)): p.stat().st_size for p in files})
+        return "done"
+
+    hub = transformers.utils.hub
+    repo = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub, "hf_api", lambda: repo)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("hello"))
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    assert model.push_to_hub("me/mine") == "done"
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert pushed.keys() == {"README.md", *files, *(f"other/{name}" for name in files)}
+    assert pushed["adapter_model.safetensors"] < 4 * 4 * 3 * 1000, "not the base"
 
 
 def test_classifiers_keep_their_own_heads(tmp_path: Path) -> None:
@@ -226,6 +269,11 @@ def test_state_dicts_are_pefts(tmp_path: Path) -> None:
     ).eval()
     peft.set_peft_model_state_dict(theirs, state)
     torch.testing.assert_close(logits(theirs), logits(model), atol=2e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path)
+    again = get_peft_model(tiny.llama(), lora(), revision="v2")
+    set_peft_model_state_dict(again, load_peft_weights(tmp_path), low_cpu_mem_usage=True)
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert again.peft_config["default"].revision == "v2"
     key = next(iter(state))
     before = logits(other)
     with pytest.raises(CheckpointError, match="missing"):
@@ -292,6 +340,9 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
         model.add_adapter("default", lora())
     with pytest.raises(ValueError, match="has adapters already"):
         get_peft_model(model, lora())  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="has adapters already"):
+        PeftModel.from_pretrained(model.get_base_model(), tmp_path / "saved")
     with pytest.raises(ValueError, match="no adapter 'x' on this model"):
         model.set_adapter("x")
     with pytest.raises(TypeError, match="mystery"):
