@@ -9,10 +9,10 @@ import sys
 from functools import partial
 
 from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
+from pydantic_settings import SettingsError
 
 from server import logs
-from server.settings import Settings
+from server.settings import Settings, parse
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Parse the settings and serve until interrupted."""
     try:
-        settings = CliApp.run(Settings)
+        settings = parse()
     except SettingsError as exc:
         sys.exit(f"polypeft-serve: {exc}")
     except ValidationError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 #: Host memory for adapters beside a GPU, in bytes.
 _HOST_MEMORY = 512 << 20
+#: How AdapterHub calls an adapter's weights.
+_HUB_WEIGHTS_NAME = adapterhub_format.WEIGHTS_NAME
 
 
 class SetupError(Exception):
@@ -66,6 +69,7 @@ def build_runtime(settings: Settings) -> Runtime:
         SetupError: a setting does not fit.
     """
     device = device_of(settings)
+    folders = adapter_folders(settings)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     folder = resolve_model(settings.model)
@@ -76,8 +80,7 @@ def build_runtime(settings: Settings) -> Runtime:
     name = settings.served_model_name or folder.name
     embedding = embedding_defaults(folder.path, loaded)
     runtime = assemble(settings, loaded, tokenizer, name, embedding)
-    if settings.preload is not None:
-        preload(runtime, settings.preload)
+    preload(runtime, folders)
     trim_malloc()  # what loading took for a time lies between what stays
     return runtime
 
@@ -309,12 +312,30 @@ def _open_store(data_dir: Path, base_name: str, base: BaseModel) -> AdapterStore
         raise SetupError(f"--data-dir: {exc}") from exc
 
 
-def preload(runtime: Runtime, folder: Path) -> None:
-    """Register every adapter folder in `folder` by its name; one that is refused is reported."""
-    for path in sorted(p for p in folder.iterdir() if (p / CONFIG_NAME).is_file()):
+def adapter_folders(settings: Settings) -> list[Path]:
+    """The folders with a config in --preload's, which are to be registered by their names.
+
+    Raises:
+        SetupError: a folder that a setting names is not there, or the weights beside a config.
+    """
+    for flag, folder in (("--preload", settings.preload), ("--lora-root", settings.lora_root)):
+        if folder is not None and not folder.is_dir():
+            raise SetupError(f"{flag}: there is no folder {folder}")
+    if settings.preload is None:
+        return []
+    folders = sorted(p for p in settings.preload.iterdir() if (p / CONFIG_NAME).is_file())
+    for path in folders:
+        if not any((path / name).is_file() for name in (WEIGHTS_NAME, _HUB_WEIGHTS_NAME)):
+            raise SetupError(f"--preload {path}: has no {WEIGHTS_NAME} beside its {CONFIG_NAME}")
+    return folders
+
+
+def preload(runtime: Runtime, folders: Sequence[Path]) -> None:
+    """Register each of `adapter_folders`; raises SetupError for one that is refused."""
+    for path in folders:
         weights, head = path / WEIGHTS_NAME, None
-        if not weights.is_file():  # AdapterHub's
-            weights, head = path / adapterhub_format.WEIGHTS_NAME, path / HEAD_NAME
+        if not weights.is_file():
+            weights, head = path / _HUB_WEIGHTS_NAME, path / HEAD_NAME
         try:
             info, outcome = runtime.adapters.register(
                 path.name,

@@ -22,6 +22,7 @@ from peftcore.sources.resolve import resolve_model
 from server.adapters import registry
 from server.build import (
     SetupError,
+    adapter_folders,
     dequantizes,
     device_of,
     host_memory,
@@ -73,6 +74,7 @@ def make_plan(settings: Settings) -> Plan:
         SetupError: a setting does not fit.
     """
     device = device_of(settings)
+    preloaded = adapter_folders(settings)
     folder = resolve_model(settings.model)
     config = AutoConfig.from_pretrained(folder.path)
     is_encoder = not generates(config)
@@ -127,6 +129,7 @@ def make_plan(settings: Settings) -> Plan:
         "workspace": f"{mebibytes(memory.workspace)} for the largest step",
         "memory": str(memory),
         "data": _found(settings.data_dir.expanduser(), folder.name),
+        "preloaded": ", ".join(path.name for path in preloaded) or "nothing",
         "imports": f"about {mebibytes(_IMPORTS)}",
         "RAM needed": f"{mebibytes(need)} when all pools are full",
         "RAM available": verdict,

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, PlainValidator, SecretStr, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    ByteSize,
+    Field,
+    PlainValidator,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    CliApp,
+    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -17,23 +30,40 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 
-def _byte_size(value: object) -> int:
+def _byte_size(value: object) -> ByteSize:
     """A size as `512MiB`, `1GB` or a number of bytes."""
-    return int(TypeAdapter(ByteSize).validate_python(value))
+    try:
+        size = TypeAdapter(ByteSize).validate_python(value)
+    except ValidationError:
+        size = ByteSize(-1)
+    if size < 0:
+        raise PydanticCustomError("size", "a size is written as 512MiB, 2GiB or in bytes")
+    return size
 
 
-def _byte_size_or_auto(value: object) -> int | None:
+def _byte_size_or_auto(value: object) -> ByteSize | None:
     return None if value is None or value == "auto" else _byte_size(value)
 
 
+#: A path, in which a shell may not have replaced `~`.
+Place = Annotated[Path, AfterValidator(Path.expanduser)]
 #: Bytes; defaults are written as a user would write them.
-Size = Annotated[int, PlainValidator(_byte_size, json_schema_input_type=str)]
+Size = Annotated[ByteSize, PlainValidator(_byte_size, json_schema_input_type=str)]
 #: The same, or None for `auto`.
-AutoSize = Annotated[int | None, PlainValidator(_byte_size_or_auto, json_schema_input_type=str)]
+AutoSize = Annotated[
+    ByteSize | None, PlainValidator(_byte_size_or_auto, json_schema_input_type=str)
+]
+
+#: What --help calls a flag's value, by the name of its type; only times are fractions.
+_VALUES = {
+    "Path": "PATH", "str": "TEXT", "int": "NUMBER", "float": "SECONDS", "ByteSize": "SIZE",
+    "SecretStr": "KEY",
+}  # fmt: skip
 
 
 class Settings(BaseSettings):
-    """Serve one base model and many adapters over an OpenAI-style HTTP API.
+    """
+    Serve one base model and many adapters over an OpenAI-style HTTP API.
 
     Sizes are written as 512MiB, 2GiB or in bytes, times in seconds. Every flag can also be set by
     the environment, as POLYPEFT_MAX_NUM_SEQS, and in the file of --config, as max_num_seqs.
@@ -48,7 +78,7 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    config: Path | None = Field(
+    config: Place | None = Field(
         None, description="YAML file of settings; flags and environment go before it"
     )
     check: bool = Field(
@@ -75,10 +105,10 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    data_dir: Path = Field(
+    data_dir: Place = Field(
         Path("~/.local/share/polypeft"), description="where uploaded adapters are kept"
     )
-    preload: Path | None = Field(
+    preload: Place | None = Field(
         None, description="register each adapter folder in this folder at start, by its name"
     )
     max_num_seqs: int = Field(32, gt=0, description="most sequences in one step")
@@ -116,7 +146,7 @@ class Settings(BaseSettings):
     max_upload: Size = Field(  # type: ignore[assignment]
         "256MiB", description="largest upload of one adapter"
     )
-    lora_root: Path | None = Field(
+    lora_root: Place | None = Field(
         None,
         description="folder whose adapters /v1/load_lora_adapter may name by path; by default none",
     )
@@ -126,14 +156,16 @@ class Settings(BaseSettings):
         description="key that requests must bear; better in POLYPEFT_API_KEY, where no list of "
         "processes shows it",
     )
-    api_key_file: Path | None = Field(
+    api_key_file: Place | None = Field(
         None, description="file of such keys, one a line; lines that begin with # are comments"
     )
     max_waiting: int = Field(
         1024, ge=0, description="most sequences that wait; requests over it are answered 429"
     )
     request_timeout: float | None = Field(
-        600, gt=0, description="longest time from a request's arrival to the end of its answer"
+        600,
+        gt=0,
+        description="longest time from a request's arrival to the end of its answer; null: no end",
     )
     drain_timeout: float = Field(
         30, ge=0, description="how long running requests may go on after SIGTERM"
@@ -166,7 +198,8 @@ class _ConfigFile(PydanticBaseSettingsSource):
         path = self.current_state.get("config")
         if path is None:
             return {}
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise SettingsError(f"--config: there is no file {path}")
         try:
             values = YamlConfigSettingsSource(self.settings_cls, yaml_file=path).yaml_data
@@ -178,3 +211,24 @@ class _ConfigFile(PydanticBaseSettingsSource):
             if key not in self.settings_cls.model_fields or key == "config":
                 raise SettingsError(f"{path}: {key}: there is no such setting")
         return values
+
+
+def parse(flags: Sequence[str] | None = None) -> Settings:
+    """The settings by `flags`, by default the process's own; --help ends the process.
+
+    Raises:
+        SettingsError: see `_ConfigFile`. ValidationError: a value is not one.
+    """
+    source: CliSettingsSource[Settings] = CliSettingsSource(
+        Settings, add_argument_method=_add_argument
+    )
+    given = None if flags is None else list(flags)
+    return CliApp.run(Settings, cli_args=given, cli_settings_source=source)
+
+
+def _add_argument(parser: ArgumentParser, *names: str, **options: Any) -> Any:
+    """Where None is the default the description says what it means."""
+    options["help"] = options["help"].removesuffix(" (default: null)")
+    if "metavar" in options:
+        options["metavar"] = _VALUES.get(options["metavar"], options["metavar"])
+    return parser.add_argument(*names, **options)

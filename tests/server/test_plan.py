@@ -81,6 +81,34 @@ def test_what_the_data_directory_holds(model_folder: Path, tmp_path: Path) -> No
         make_plan(given)
 
 
+def test_what_is_preloaded(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    for name in ("b", "a"):
+        tiny.save_random_adapter(
+            tiny.llama(), tiny.peft_configs("llama")["lora-r4"], folder / name, 1
+        )
+    (folder / "other").mkdir()
+    given = settings(model_folder, tmp_path / "data", preload=folder)
+    assert make_plan(given).facts["preloaded"] == "a, b"
+    runtime = build_runtime(given)
+    assert [info.name for info in runtime.adapters.list()] == ["a", "b"]
+    runtime.close()
+    (folder / "b" / "adapter_model.safetensors").unlink()
+    for start in (make_plan, build_runtime):
+        with pytest.raises(SetupError, match=r"--preload .*/b: has no adapter_model\.safetensors"):
+            start(given)
+
+
+@pytest.mark.parametrize("name", ["preload", "lora_root"])
+def test_folders_that_are_not_there_stop_the_start(
+    model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    given = settings(model_folder, tmp_path, **{name: tmp_path / "nowhere"})
+    for start in (make_plan, build_runtime):
+        with pytest.raises(SetupError, match=f"--{name.replace('_', '-')}: there is no folder"):
+            start(given)
+
+
 def test_what_does_not_fit(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

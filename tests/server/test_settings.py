@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic_settings import CliApp, SettingsError
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
+from server import settings
 from server.settings import Settings
 
 
 def parse(*flags: str) -> Settings:
-    return CliApp.run(Settings, cli_args=list(flags))
+    return settings.parse(flags)
 
 
 @pytest.fixture
@@ -39,6 +41,64 @@ def test_flags_then_environment_then_file_then_defaults(
     assert found.block_size == Settings().block_size
     monkeypatch.setenv("POLYPEFT_CONFIG", str(file))
     assert parse().kv_memory == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [("512MiB", 512 << 20), ("2gb", 2_000_000_000), ("4096", 4096), ("0", 0), ("1.5 KiB", 1536)],
+)
+def test_sizes(size: str, num_bytes: int) -> None:
+    assert parse("--adapter-memory", size, "--kv-memory", size).adapter_memory == num_bytes
+    assert parse("--kv-memory", size).kv_memory == num_bytes
+
+
+@pytest.mark.parametrize("size", ["lots", "1 potato", "-5", "", "auto"])
+def test_what_is_no_size_is_told_how_one_is_written(size: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(f"--adapter-memory={size}")
+    (error,) = caught.value.errors()
+    assert (error["loc"], error["msg"]) == (
+        ("adapter_memory",),
+        "a size is written as 512MiB, 2GiB or in bytes",
+    )
+
+
+@pytest.mark.parametrize("name", ["config", "data_dir", "preload", "lora_root", "api_key_file"])
+def test_home_is_found_where_no_shell_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "place").write_text("port: 7")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(f"POLYPEFT_{name.upper()}", "~/place")
+    found = parse()
+    assert getattr(found, name) == tmp_path / "place"
+    assert found.port == (7 if name == "config" else 8000)
+
+
+def test_none_by_a_flag() -> None:
+    found = parse("--request-timeout", "null", "--kv-memory", "auto")
+    assert (found.request_timeout, found.kv_memory) == (None, None)
+
+
+def test_the_help_says_what_values_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # each flag's text on one line
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for flag, value in {
+        "adapter-memory": "SIZE", "kv-memory": "SIZE", "adapter-host-memory": "SIZE",
+        "max-upload": "SIZE", "request-timeout": "SECONDS", "port": "NUMBER", "config": "PATH",
+        "api-key": "KEY", "model": "TEXT", "device": "{auto,cpu,cuda}",
+    }.items():  # fmt: skip
+        assert f"--{flag} {value}" in said
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in said
+    assert "null)" not in said, "a default that says nothing"
+    assert "(default: 512MiB)" in said
+    assert "\nSizes are written as 512MiB" in said
 
 
 def test_keys_do_not_show(file: Path) -> None:

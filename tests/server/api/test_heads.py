@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TokenClassificationPipeline
 
 from clients.client import Client
 from clients.errors import InvalidInput
-from server.build import preload
+from server.build import adapter_folders, preload
 from tests import tiny
 from tests.peftcore import make_adapterhub_fixtures as original
 from tests.peftcore.hub import headed, hub
@@ -131,7 +131,8 @@ def test_what_was_stored_is_read_again_as_it_was(bert: World, tmp_path: Path) ->
             (tmp_path / "start-0" / "data").rename(root / "data")
         with serve(root, base_of("bert")) as served:
             if start == 0:
-                preload(served.runtime, folder.parent)
+                given = tiny.settings(root, preload=folder.parent)
+                preload(served.runtime, adapter_folders(given))
             probs.append(World(served, "bert").classify("judge")["probs"])
             served.wait_idle()
         for kept in root.rglob("packed.safetensors"):
