@@ -17,6 +17,9 @@ class Adapter:
         residency: "device", "host", "disk" or "loading".
         tier: where its bytes lie, "device", "host" or "disk"; None from a server without tiers.
         pinned: whether it is kept on the device.
+        task: what it was trained for, as "CAUSAL_LM" or "SEQ_CLS".
+        labels, problem_type: what its classes are called and how they are asked; None from one
+            that does not classify, `problem_type` also where nobody said.
         status: only after a push: "created", "updated" or "unchanged".
     """
 
@@ -36,6 +39,9 @@ class Adapter:
     num_running: int
     tier: str | None = None
     pinned: bool = False
+    task: str | None = None
+    labels: Sequence[str] | None = None
+    problem_type: str | None = None
     status: str | None = None
 
     @classmethod

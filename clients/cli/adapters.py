@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from clients.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from clients.cli.common import AsJson, err, errors_to_exit, local_time, out, print_json, size
@@ -114,7 +117,7 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in _facts(adapter).items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))
     out.print(table)
 
 
@@ -166,17 +169,26 @@ def where(adapter: Adapter) -> str:
 
 def _facts(adapter: Adapter) -> dict[str, str]:
     last = adapter.last_used_at
+    labels = {} if adapter.labels is None else {"labels": ", ".join(adapter.labels)}
     return {
         "name": adapter.name,
         "digest": f"sha256:{adapter.digest}",
         "method": adapter.method,
+        "task": adapter.task or "-",
+        **labels,
         "rank": str(adapter.rank or "-"),
         "virtual tokens": str(adapter.num_virtual_tokens or "-"),
         "size": f"{size(adapter.num_bytes)} on the device, {size(adapter.file_bytes)} in files",
-        "modules": ", ".join(adapter.modules) or "-",
+        "modules": "\n".join(_by_layers(adapter.modules)) or "-",
         "created": local_time(adapter.created_at),
         "updated": local_time(adapter.updated_at),
         "requests": f"{adapter.num_requests}, {adapter.num_running} running",
         "last used": "never" if last is None else local_time(last),
         "resident": where(adapter),
     }
+
+
+def _by_layers(modules: Sequence[str]) -> list[str]:
+    """Modules whose paths differ in numbers only are one, with how many there are."""
+    counts = Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in modules)
+    return [f"{path} ({count})" if "*" in path else path for path, count in counts.items()]

@@ -15,8 +15,9 @@ from rich.console import Console
 from clients.client import API_KEY_VARIABLE, URL_VARIABLE
 from clients.errors import ApiError, ClientError, ConnectionFailed, ServerFailed, Unauthorized
 
-out = Console()
-err = Console(stderr=True)
+# Nothing is coloured for looking like a number: digests and names would be, in pieces.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Model = Annotated[

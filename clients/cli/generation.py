@@ -253,8 +253,10 @@ def _show(reply: Reply, as_json: bool) -> None:
 
 
 def _write_all(opened: AbstractContextManager[Stream]) -> None:
-    """Write the pieces as they come, as plain text."""
+    """Write the pieces as they come, as plain text; also one that breaks off ends its line."""
     with opened as stream:
-        for piece in stream:
-            write(piece)
-    write("\n")
+        try:
+            for piece in stream:
+                write(piece)
+        finally:
+            write("\n")

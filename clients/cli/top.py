@@ -135,7 +135,9 @@ def top(
     client: Client = context.obj
     with errors_to_exit():
         last = Sample.take(client)
-        with Live(console=out, auto_refresh=False, screen=out.is_terminal and not as_json) as live:
+        shown: Group | None = None
+        on_screen = out.is_terminal and not as_json
+        with Live(console=out, auto_refresh=False, screen=on_screen) as live:
             num_looks = 0
             try:
                 while count is None or num_looks < count:
@@ -146,9 +148,12 @@ def top(
                     if as_json:
                         print_json(asdict(load))
                     else:
-                        live.update(render(load, out.height - _OTHER_LINES), refresh=True)
+                        shown = render(load, out.height - _OTHER_LINES)
+                        live.update(shown, refresh=True)
             except KeyboardInterrupt:
                 pass
+        if on_screen and shown is not None:  # the screen has taken it away
+            out.print(shown)
 
 
 def render(load: Load, max_rows: int) -> Group:

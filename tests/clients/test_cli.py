@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from clients.cli import app
+from clients.cli import app, generation
 from clients.cli.adapters import where
 from clients.cli.top import Load, Sample, render
+from clients.errors import ConnectionLost
 from clients.metrics import Snapshot
 from clients.results import Adapter
 from tests.clients.conftest import LABELS, classifiers
@@ -70,7 +72,13 @@ def test_adapters(run: Run, server: Served) -> None:
     assert "new" in listed
     shown = json.loads(run("adapters", "show", "new", "--json").stdout)
     assert shown["rank"] == 4
-    assert shown["digest"] in run("adapters", "show", "new").stdout
+    facts = run("adapters", "show", "new").stdout
+    assert shown["digest"] in facts
+    assert [line.split() for line in facts.splitlines() if "*" in line] == [
+        ["modules", "model.layers.*.self_attn.q_proj", "(3)"],
+        ["model.layers.*.self_attn.v_proj", "(3)"],
+        ["model.layers.*.mlp.down_proj", "(3)"],
+    ]
     assert [a["name"] for a in json.loads(run("adapters", "list", "--json").stdout)] == [
         "new",
         "poet",
@@ -107,6 +115,17 @@ def test_complete(run: Run) -> None:
     found = json.loads(run("complete", "abc", *options, "--json").stdout)
     assert found["text"] + "\n" == streamed
     assert (found["model"], found["num_completion_tokens"]) == ("poet", 4)
+
+
+def test_an_answer_that_breaks_off_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def pieces() -> Iterator[str]:
+        yield "half of it"
+        raise ConnectionLost("the server is gone")
+
+    opened: Any = nullcontext(pieces())
+    with pytest.raises(ConnectionLost):
+        generation._write_all(opened)
+    assert capsys.readouterr().out == "half of it\n"
 
 
 def test_chat_once(run: Run) -> None:
@@ -210,6 +229,10 @@ def test_classify(run: Run, server: Served) -> None:
     for name, folder in folders.items():
         run("adapters", "push", str(folder), "--name", name)
     texts = ["a fine film", "[b]dull[/b]"]
+    shown = run("adapters", "show", "mood").stdout
+    assert "SEQ_CLS" in shown
+    assert ", ".join(LABELS) in shown
+    assert "labels" not in run("adapters", "show", "poet").stdout
     rows = json.loads(run("classify", *texts, "-m", "mood", "--json").stdout)
     assert [row["text"] for row in rows] == texts
     lines = run("classify", "-", "-m", "mood", stdin="\n".join(texts)).stdout.splitlines()
@@ -256,6 +279,36 @@ def test_top_shows_what_runs(run: Run, server: Served) -> None:
         assert look["adapters"][0]["output_tokens_per_s"] > 0
     assert "output tokens/s" in shown
     assert "poet" in shown
+
+
+def test_what_top_showed_last_stays_in_a_terminal(server: Served) -> None:
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "clients.cli", "--url", server.url, "top", "-i", "0.05"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "LINES": "40"}
+    process = subprocess.Popen(
+        [*command, "-n", "1"], cwd=ROOT, env=environment, stdout=its_end, stderr=its_end
+    )
+    os.close(its_end)
+    said = b""
+    try:
+        while piece := _read(terminal):
+            said += piece
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    live, _, after = said.partition(b"\x1b[?1049l")  # back from the alternate screen
+    assert b"\x1b[?1049h" in live
+    assert b"poet" in live
+    assert b"poet" in after
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # how Linux says that the other end is closed
+        return b""
 
 
 def sample(time: float, text: str, *adapters: Adapter) -> Sample:
