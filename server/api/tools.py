@@ -70,6 +70,7 @@ class Toolbox:
     Attributes:
         tools: empty where none may be called.
         choice: "auto", "required", or a function's name in a tuple.
+        parallel: may there be several calls?
     """
 
     tools: Sequence[Tool]
@@ -203,8 +204,8 @@ def toolbox(
     if choice == "required" and not tools:
         raise BadRequest("tool_choice: 'required' needs tools", param="tool_choice")
     style, is_native = style_of(template)
-    if isinstance(choice, NamedTool):
-        return Toolbox(tools, (choice.function.name,), parallel, style, is_native)
+    if isinstance(choice, NamedTool):  # OpenAI's: exactly one call of it
+        return Toolbox(tools, (choice.function.name,), False, style, is_native)
     if choice == "none":
         return Toolbox((), "auto", parallel, style, is_native)
     return Toolbox(tools, choice or "auto", parallel, style, is_native)

@@ -57,11 +57,18 @@ def long_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def client(long_server: Served) -> openai.OpenAI:
-    return openai.OpenAI(
+def client(long_server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
         base_url=f"{long_server.url}/v1", api_key="none", max_retries=0,
         _strict_response_validation=True,
-    )  # fmt: skip
+    ) as client:  # fmt: skip
+        yield client
+
+
+def bias(server: Served, **factors: float) -> dict[str, float]:
+    """`logit_bias` of characters."""
+    ids = {char: server.runtime.tokenizer.encode(char)[0] for char in factors}
+    return {str(ids[char]): factor for char, factor in factors.items()}
 
 
 def request(**fields: Any) -> ChatCompletionRequest:
@@ -138,11 +145,11 @@ def test_tools_that_contradict_each_other(fields: dict[str, Any], param: str) ->
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
 def test_forced_calls(client: openai.OpenAI, choice: Any) -> None:
+    one: dict[str, Any] = {"parallel_tool_calls": False} if choice == "required" else {}
     for seed in range(5):
         answer = client.chat.completions.create(
-            **ASK | {"seed": seed}, tools=[WEATHER, NOW], tool_choice=choice,
-            parallel_tool_calls=False, max_tokens=200,
-        )  # fmt: skip
+            **ASK | {"seed": seed}, tools=[WEATHER, NOW], tool_choice=choice, max_tokens=200, **one
+        )
         (found,) = answer.choices
         assert found.finish_reason == "tool_calls"
         assert found.message.content is None
@@ -155,6 +162,16 @@ def test_forced_calls(client: openai.OpenAI, choice: Any) -> None:
             jsonschema.validate(arguments, CITY)
         else:
             assert (call.function.name, arguments) == ("now", {})
+
+
+def test_required_allows_several_calls(client: openai.OpenAI, long_server: Served) -> None:
+    again = bias(long_server, **{"<": 100})  # the model goes on calling as long as it may
+    answer = client.chat.completions.create(
+        **ASK, tools=[NOW], tool_choice="required", max_tokens=150, logit_bias=again
+    )
+    calls = answer.choices[0].message.tool_calls or []
+    assert len(calls) > 1
+    assert len({call.id for call in calls}) == len(calls)
 
 
 def test_streamed_calls(client: openai.OpenAI) -> None:
@@ -192,12 +209,6 @@ FORMAT: Any = {
         },
     },
 }  # fmt: skip
-
-
-def bias(server: Served, **factors: float) -> dict[str, float]:
-    """`logit_bias` of characters."""
-    ids = {char: server.runtime.tokenizer.encode(char)[0] for char in factors}
-    return {str(ids[char]): factor for char, factor in factors.items()}
 
 
 @pytest.mark.parametrize("choice", ["none", "auto", "required", NOW])
