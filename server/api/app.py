@@ -26,7 +26,7 @@ from server.api import (
 from server.api.access import Access
 from server.api.keys import KeyRing, RequireKey
 from server.api.lifecycle import Gate, Lifecycle
-from server.api.limits import BodyLimit
+from server.api.limits import BodyLimit, HeadLimit
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -96,6 +96,7 @@ def create_app(
     if ring is not None:
         app.add_middleware(RequireKey, ring=ring)
     app.add_middleware(Gate, lifecycle=lifecycle)
+    app.add_middleware(HeadLimit)
     app.add_middleware(Access, metrics=app.state.metrics)
     description.install(app, needs_key=ring is not None)
     for module, responses in _ROUTES:

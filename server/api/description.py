@@ -20,7 +20,7 @@ def refusals(*statuses: int) -> Responses:
 
 
 #: What any request may be answered, whatever its path.
-COMMON = refusals(400, 401, 408, 413, 500, 503)
+COMMON = refusals(400, 401, 408, 413, 431, 500, 503)
 #: What a request that names an adapter may be answered.
 NAMED = refusals(404)
 #: What a request that registers or changes an adapter may be answered.

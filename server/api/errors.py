@@ -40,6 +40,15 @@ class BodyTooLarge(HTTPException):
         )
 
 
+class HeadTooLarge(HTTPException):
+    """A longer head than this server reads."""
+
+    def __init__(self, num_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            431, f"path and headers have {num_bytes} bytes, over the limit of {max_bytes} bytes"
+        )
+
+
 class BodyTooSlow(HTTPException):
     """A body that did not arrive in time; an HTTPException for the same reason."""
 
@@ -64,6 +73,8 @@ def body_of(exc: Exception) -> tuple[int, dict[str, Any]]:
             return exc.status, error_body(exc.message, exc.type, exc.param, exc.code)
         case BodyTooLarge():
             return 413, error_body(exc.detail, "invalid_request_error", None, "request_too_large")
+        case HeadTooLarge():
+            return 431, error_body(exc.detail, "invalid_request_error", None, "headers_too_large")
         case BodyTooSlow():
             return 408, error_body(exc.detail, "timeout_error", None, "request_timeout")
         case HTTPException():

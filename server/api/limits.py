@@ -1,4 +1,5 @@
-"""Bounds a request's body while it is read: its bytes, and its time. Plain ASGI middleware."""
+"""Bounds a request's head, and its body while it is read: its bytes, and its time. Plain ASGI
+middleware."""
 
 from __future__ import annotations
 
@@ -7,10 +8,29 @@ import asyncio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import BodyTooLarge, BodyTooSlow
+from server.api.errors import BodyTooLarge, BodyTooSlow, HeadTooLarge, response_of
 
 #: Where the larger bound holds.
 UPLOAD_PATH = "/v1/adapters"
+#: Most bytes of a path with its query, and of headers.
+MAX_HEAD_BYTES = 32 << 10
+
+
+class HeadLimit:
+    """Refuses a head of more than `MAX_HEAD_BYTES`. uvicorn has read it by then; what does not end
+    within 64 KiB it refuses itself, as no HTTP, wherever it has not arrived at once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+            num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+            if num_bytes > MAX_HEAD_BYTES:
+                await response_of(HeadTooLarge(num_bytes, MAX_HEAD_BYTES))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

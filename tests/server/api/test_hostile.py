@@ -212,6 +212,27 @@ def test_heads_that_are_no_http(target: Target, head: bytes) -> None:
     assert target.server.http.get("/ready").status_code == 200
 
 
+@pytest.mark.parametrize("where", ["a header", "many headers", "path", "query"])
+def test_a_large_head_is_431(target: Target, where: str) -> None:
+    path, headers = "/v1/models", {}
+    match where:
+        case "a header":
+            headers = {"X": "a" * 40_000}
+        case "many headers":
+            headers = {f"X-{i}": "a" * 400 for i in range(100)}
+        case "path":
+            path += "/" + "a" * 40_000
+        case "query":
+            path += "?" + "a" * 40_000
+    answer = target.server.http.get(path, headers=headers)
+    assert answer.status_code == 431, answer.text
+    assert answer.json()["error"]["code"] == "headers_too_large"
+    assert "32768 bytes" in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"]
+    headers = {"X": "a" * 30_000}
+    assert target.server.http.get("/v1/models", headers=headers).status_code == 200
+
+
 def test_a_folder_of_broken_files(target: Target) -> None:
     folder = os.environ.get("POLYPEFT_TEST_BROKEN")
     if folder is None:
