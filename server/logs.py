@@ -47,6 +47,7 @@ def _json_formatter() -> logging.Formatter:
     class Formatter(JsonFormatter):
         def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
             log_data |= log_data.pop("fields", {})
+            log_data.pop("color_message", None)  # uvicorn's, for a terminal
             return {key: value for key, value in log_data.items() if value is not None}
 
     return Formatter(

@@ -65,6 +65,15 @@ def test_one_json_line_a_request(server: Served) -> None:
     assert {"level", "time", "logger", "message"} <= set(first)
 
 
+def test_no_terminals_colours_in_json(server: Served) -> None:
+    written = configure("json", "info")
+    extra = {"color_message": "Started \x1b[36m%d\x1b[0m"}  # as uvicorn does it
+    logging.getLogger("uvicorn.error").info("Started %d", 7, extra=extra)
+    (line,) = [line for line in lines_of(written) if line["logger"] == "uvicorn.error"]
+    assert set(line) == {"level", "logger", "message", "time"}
+    assert line["message"] == "Started 7"
+
+
 def test_text_lines(server: Served) -> None:
     written = configure("text", "debug")
     server.http.get("/health", headers={"X-Request-Id": "mine"})
