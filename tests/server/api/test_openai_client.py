@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import openai
 import pydantic
 import pytest
+from openai.types import Completion, CompletionChoice
+from openai.types.completion_choice import Logprobs
 
 from tests.serving import Served
 
@@ -15,11 +19,37 @@ HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def client(server: Served) -> openai.OpenAI:
-    return openai.OpenAI(
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0,
         _strict_response_validation=True,
-    )  # fmt: skip
+    ) as client:  # fmt: skip
+        yield client
+
+
+class EchoedLogprobs(Logprobs):
+    """The client's type, and null for a prompt's first token, which has no probability."""
+
+    token_logprobs: list[float | None]  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None]  # type: ignore[assignment]
+
+
+class EchoedChoice(CompletionChoice):
+    logprobs: EchoedLogprobs
+
+
+class Echoed(Completion):
+    choices: list[EchoedChoice]  # type: ignore[assignment]
+
+
+class ChunkChoice(CompletionChoice):
+    """The client's type, and null before a choice's end, which OpenAI's own streams have too."""
+
+    finish_reason: Literal["stop", "length", "content_filter"] | None  # type: ignore[assignment]
+
+
+class Chunk(Completion):
+    choices: list[ChunkChoice]  # type: ignore[assignment]
 
 
 class Step(pydantic.BaseModel):
@@ -39,17 +69,62 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_completions(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "poet", "prompt": "abc", "max_tokens": 4, "logprobs": 2}
-    whole = client.completions.create(**fields, best_of=2, n=2)
-    assert len(whole.choices) == 2
-    # The client's type does not know that a stream's finish_reason is null until its end.
-    lenient = client.with_options(_extra_kwargs={"_strict_response_validation": False})
-    chunks = list(
-        lenient.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    whole = client.completions.create(
+        model="poet", prompt="abc", max_tokens=4, logprobs=2, best_of=2, n=2
     )
-    assert chunks[-1].usage is not None
+    assert len(whole.choices) == 2
     echoed = client.completions.create(model="poet", prompt="abc", max_tokens=1, echo=True)
     assert echoed.choices[0].text.startswith("abc")
+
+
+def test_a_stream_of_completions(client: openai.OpenAI) -> None:
+    """The client's type of an answer is its type of a chunk too; its validation refuses the null
+    `finish_reason` of every stream, and only that."""
+    fields: dict[str, Any] = {
+        "model": "poet", "prompt": ["abc", "de"], "max_tokens": 4, "logprobs": 2, "n": 2,
+        "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    chunks = list(
+        client.post(
+            "/completions", cast_to=Chunk, body=fields | {"stream": True}, stream=True,
+            stream_cls=openai.Stream[Chunk],
+        )
+    )  # fmt: skip
+    *said, last = chunks
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 16
+    assert {chunk.usage for chunk in said} == {None}
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+    whole = client.post("/completions", cast_to=Completion, body=fields | {"stream_options": None})
+    for choice in whole.choices:
+        own = [c for chunk in said for c in chunk.choices if c.index == choice.index]
+        assert [c.finish_reason for c in own] == [None] * (len(own) - 1) + ["length"]
+        assert "".join(c.text for c in own) == choice.text
+        whole_logprobs = choice.logprobs
+        assert whole_logprobs is not None
+        found = {
+            name: list(chain(*(getattr(c.logprobs, name) for c in own if c.logprobs is not None)))
+            for name in Logprobs.model_fields
+        }
+        assert found["tokens"] == whole_logprobs.tokens
+        assert found["text_offset"] == whole_logprobs.text_offset
+        assert found["token_logprobs"] == pytest.approx(whole_logprobs.token_logprobs, abs=1e-4)
+        for top, expected in zip(
+            found["top_logprobs"], whole_logprobs.top_logprobs or [], strict=True
+        ):
+            assert top == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(openai.APIResponseValidationError) as refused:
+        list(client.completions.create(model="poet", prompt="abc", max_tokens=4, stream=True))
+    assert "finish_reason" in str(refused.value.__cause__)
+
+
+def test_an_echoed_prompts_first_token_has_no_probability(client: openai.OpenAI) -> None:
+    body = {"model": "poet", "prompt": "abc", "max_tokens": 2, "echo": True, "logprobs": 1}
+    (choice,) = client.post("/completions", cast_to=Echoed, body=body).choices
+    first, *rest = choice.logprobs.token_logprobs
+    assert first is None
+    assert None not in rest
 
 
 @pytest.mark.parametrize("num_top", [None, 0, 4])
@@ -62,7 +137,13 @@ def test_chats(client: openai.OpenAI, num_top: int | None) -> None:
     whole = client.chat.completions.create(**fields)
     found: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
     texts = {0: "", 1: ""}
-    for chunk in client.chat.completions.create(**fields, stream=True):
+    *chunks, last = client.chat.completions.create(
+        **fields, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 12
+    for chunk in chunks:
         (choice,) = chunk.choices
         texts[choice.index] += choice.delta.content or ""
         if choice.logprobs is not None:
