@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from safetensors.torch import load_file, save
@@ -142,21 +143,63 @@ def test_6_nothing_that_can_run_code_is_read(server: Served, tmp_path: Path, zip
     assert mark.exists(), "it would have"
 
 
-@pytest.mark.parametrize(
-    "name", ["../up", "/etc/passwd", "a/b", "a\\b", "..", ".", "a\0b", "%2e%2e%2f", "~root", "a b"]
-)
+ODD_NAMES = [
+    "../up", "/etc/passwd", "a/b", "a\\b", "..", ".", "a\0b", "%2e%2e%2f", "~root", "a b",
+]  # fmt: skip
+
+
+def files_in(folder: Path) -> list[Path]:
+    """But for those that the test makes adapters in."""
+    return sorted(path for path in folder.rglob("*") if "adapters" not in path.parts)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_6_a_name_is_never_a_path(server: Served, tmp_path: Path, name: str) -> None:
     """vllm#46287: one escaped its folder."""
-    before = sorted(path for path in tmp_path.rglob("*") if "adapters" not in path.parts)
+    before = files_in(tmp_path)
     folder = server.make_adapter("lora-r4", 1)
     assert server.push(name, folder).status_code == 400
-    for model in (name, f"tiny:{name}", f"{name}@sha256:00"):
-        body = {"model": model, "prompt": "abc"}
-        assert server.http.post("/v1/completions", json=body).status_code == 404
-    body = {"lora_name": name, "lora_path": str(folder)}
-    assert server.http.post("/v1/load_lora_adapter", json=body).status_code in (400, 403)
-    after = sorted(path for path in tmp_path.rglob("*") if "adapters" not in path.parts)
-    assert after == before
+    bodies = {
+        "/v1/completions": {"prompt": "abc"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "abc"}]},
+        "/v1/embeddings": {"input": "abc"},
+        "/v1/classify": {"input": "abc"},
+        "/tokenize": {"prompt": "abc"},
+        "/detokenize": {"tokens": [1]},
+    }
+    for path, body in bodies.items():
+        for model in (name, f"tiny:{name}", f"{name}@sha256:00"):
+            assert server.http.post(path, json=body | {"model": model}).status_code == 404
+        if path in list(bodies)[:3]:
+            mixture = {"model": "tiny", "adapters": [{"name": name}]}
+            assert server.http.post(path, json=body | mixture).status_code == 404
+    for load, status in (("load", 403), ("unload", 404)):  # there is no --lora-root
+        body = {"lora_name": name} | ({"lora_path": str(folder)} if load == "load" else {})
+        assert server.http.post(f"/v1/{load}_lora_adapter", json=body).status_code == status
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_6_nor_in_a_url_or_as_a_files_name(server: Served, tmp_path: Path, name: str) -> None:
+    register(server, "mine")
+    before = files_in(tmp_path)
+    spelled = quote(name, safe="").replace(".", "%2E")  # else the client would resolve it
+    for method, path in [
+        ("GET", "/v1/models/{}"), ("GET", "/v1/adapters/{}"), ("DELETE", "/v1/adapters/{}"),
+        ("PUT", "/v1/adapters/{}/pin"), ("DELETE", "/v1/adapters/{}/pin"),
+        ("POST", "/v1/adapters/{}/prefetch"),
+    ]:  # fmt: skip
+        answer = server.http.request(method, path.format(spelled))
+        assert answer.status_code == 404, f"{method} {path}: {answer.text}"
+    folder = server.make_adapter("lora-r4", 1)
+    files = {
+        "config": (name, (folder / CONFIG).read_bytes()),
+        "weights": (name, (folder / WEIGHTS).read_bytes()),
+    }
+    answer = server.http.post("/v1/adapters", data={"name": "named"}, files=files)
+    assert answer.status_code == 201
+    assert server.http.delete("/v1/adapters/named").status_code == 200
+    wait_until(lambda: files_in(tmp_path) == before)
 
 
 def test_7_as_many_adapters_as_fit_and_the_base_in_one_batch(server: Served) -> None:
@@ -195,24 +238,28 @@ def test_9_a_cold_adapter_is_served_beside_hot_ones(server: Served) -> None:
     for seed in range(5):
         register(server, f"adapter-{seed}", seed=seed)
     slow_down(server, 0.001)
+    answered: list[int] = []
     stop = False
 
-    def hot(seed: int) -> int:
-        num_answers = 0
-        while not stop:
-            server.complete(f"adapter-{seed}", "abc", max_tokens=30)
-            num_answers += 1
-        return num_answers
+    def hot(i: int) -> None:
+        while not stop:  # of different lengths, so that there is always one that runs
+            server.complete(f"adapter-{i % 4}", "abc", max_tokens=20 + i)
+            answered.append(i)
 
-    with ThreadPoolExecutor(12) as pool:
-        busy = [pool.submit(hot, i % 4) for i in range(8)]
-        wait_until(lambda: server.runtime.stats()["num_running"] > 0)
+    with ThreadPoolExecutor(16) as pool:
+        busy = [pool.submit(hot, i) for i in range(16)]
+        wait_until(lambda: server.runtime.stats()["num_running"] == 16)
         try:
             for _ in range(3):
+                before = len(answered)
                 server.complete("adapter-4", "abc", max_tokens=2)
+                # Those that were running, and the scheduler's max_overtaken, 32.
+                assert len(answered) - before < 64
         finally:
             stop = True
-        assert all(future.result() > 0 for future in busy)
+        for future in busy:
+            future.result()
+    assert set(answered) == set(range(16))
 
 
 def test_10_ranks_are_true_and_the_base_is_untouched(tmp_path: Path) -> None:
@@ -248,17 +295,18 @@ def test_12_idle_adapters_stay_in_the_metrics_and_all_survive_a_restart(tmp_path
     """vllm#45325: they vanished; vllm#12174: adapters were lost."""
     with serve(tmp_path) as server:
         folder = register(server, "idle", seed=1)
+        count = 'polypeft_adapter_requests_total{adapter="idle"}'
+        assert f"{count} 0.0" in server.http.get("/metrics").text
         server.complete("idle", "abc")
         for _ in range(3):
             server.complete("tiny", "abc")
-            text = server.http.get("/metrics").text
-            assert 'polypeft_adapter_requests_total{adapter="idle"} 1.0' in text
+            assert f"{count} 1.0" in server.http.get("/metrics").text
         expected = server.expected("abc", [(folder, 1.0)])
         config = (folder / CONFIG).read_bytes()
     (tmp_path / "adapters").rename(tmp_path / "of-the-first")
     with serve(tmp_path) as server:
+        assert f"{count} 0.0" in server.http.get("/metrics").text
         assert server.complete("idle", "abc") == expected
-        assert 'adapter="idle"' in server.http.get("/metrics").text
         answer = server.push("idle", tmp_path / "of-the-first" / folder.name, config=config)
         assert (answer.status_code, answer.json()["status"]) == (200, "unchanged")
 
