@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
 from tests.serving import Served, serve
@@ -29,3 +31,24 @@ def adapter_folders(server: Served) -> dict[str, Path]:
         name: next(p for p in server.folder.iterdir() if p.name.startswith(f"{kind}-{seed}-"))
         for name, (kind, seed) in ADAPTERS.items()
     }
+
+
+class Clients:
+    """Makes openai's clients, strict by default, and closes them: what is left for the garbage
+    collector may warn in whichever test comes next."""
+
+    def __init__(self) -> None:
+        self.made: list[openai.OpenAI] = []
+
+    def __call__(self, server: Served, **options: Any) -> openai.OpenAI:
+        usual = {"api_key": "key", "max_retries": 0, "_strict_response_validation": True}
+        self.made.append(openai.OpenAI(base_url=f"{server.url}/v1", **usual | options))
+        return self.made[-1]
+
+
+@pytest.fixture
+def client_of() -> Iterator[Clients]:
+    clients = Clients()
+    yield clients
+    for client in clients.made:
+        client.close()

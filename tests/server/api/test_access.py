@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from server import logs
+from tests.server.api.conftest import Clients
 from tests.server.api.test_lifecycle import LONG, slow_down, wait_until
 from tests.serving import Served
 
@@ -110,8 +111,8 @@ def test_request_ids(server: Served, given: str, taken: bool) -> None:
         assert len(found) in (32, len(given) if taken else 32)
 
 
-def test_the_openai_client_has_the_id(server: Served) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+def test_the_openai_client_has_the_id(server: Served, client_of: Clients) -> None:
+    client = client_of(server)
     extra = {"X-Request-Id": "mine"}
     answer = client.completions.create(model="tiny", prompt="abc", extra_headers=extra)
     assert answer._request_id == "mine"

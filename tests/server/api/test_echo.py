@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 
 from tests import tiny
+from tests.server.api.conftest import Clients
 from tests.serving import Served, serve
 
 PROMPT = "a prompt that is longer than a few blocks of the cache"
@@ -72,8 +72,8 @@ def test_echo_alone(server: Served) -> None:
     assert answer["choices"][0]["logprobs"] is None
 
 
-def test_streamed(server: Served) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+def test_streamed(server: Served, client_of: Clients) -> None:
+    client = client_of(server, _strict_response_validation=False)
     fields: dict[str, Any] = {
         "model": "poet", "prompt": ["abc", "xy"], "echo": True, "logprobs": 2, "max_tokens": 5,
         "temperature": 0,

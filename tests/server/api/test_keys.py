@@ -12,6 +12,7 @@ import pytest
 from server.__main__ import warn_if_open
 from server.api.keys import KeyRing, key_ring
 from tests import tiny
+from tests.server.api.conftest import Clients
 from tests.serving import Served, serve
 
 KEYS = ["first-key", "second~key!"]
@@ -26,8 +27,8 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("key", [*KEYS, "third-key"])
-def test_each_key_opens(locked: Served, key: str) -> None:
-    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key, max_retries=0)
+def test_each_key_opens(locked: Served, key: str, client_of: Clients) -> None:
+    client = client_of(locked, api_key=key)
     assert [model.id for model in client.models.list()] == ["tiny"]
     answer = locked.http.get("/v1/models", headers={"Authorization": f"bEARER {key}"})
     assert answer.status_code == 200
@@ -53,8 +54,8 @@ def test_anything_else_is_401(locked: Served, method: str, path: str, header: st
     assert all(key not in answer.text for key in KEYS)
 
 
-def test_the_openai_client_knows_the_error(locked: Served) -> None:
-    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0)
+def test_the_openai_client_knows_the_error(locked: Served, client_of: Clients) -> None:
+    client = client_of(locked, api_key="wrong")
     with pytest.raises(openai.AuthenticationError):
         client.models.list()
 

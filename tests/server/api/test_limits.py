@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from tests.server.api.conftest import Clients
 from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
 from tests.serving import Served, serve
 
@@ -38,7 +39,7 @@ def hasty(tmp_path: Path) -> Iterator[Served]:
         served.wait_idle()
 
 
-def test_a_full_queue_is_429(small: Served) -> None:
+def test_a_full_queue_is_429(small: Served, client_of: Clients) -> None:
     slow_down(small, 0.01)
     with ThreadPoolExecutor(3) as pool:
         body = LONG | {"max_tokens": 80}
@@ -49,7 +50,7 @@ def test_a_full_queue_is_429(small: Served) -> None:
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         error = answer.json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
-        client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="x", max_retries=0)
+        client = client_of(small)
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(
                 model="tiny", messages=[{"role": "user", "content": "a"}], stream=True

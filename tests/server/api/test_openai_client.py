@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Literal
 
@@ -13,18 +12,15 @@ import pytest
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
+from tests.server.api.conftest import Clients
 from tests.serving import Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0,
-        _strict_response_validation=True,
-    ) as client:  # fmt: skip
-        yield client
+def client(server: Served, client_of: Clients) -> openai.OpenAI:
+    return client_of(server)
 
 
 class EchoedLogprobs(Logprobs):

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.server.api.conftest import Clients
 from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
 from tests.serving import Served, serve
 
@@ -24,28 +25,6 @@ def small(tmp_path: Path) -> Iterator[Served]:
         served.http.headers["Authorization"] = "Bearer key"
         yield served
         served.wait_idle()
-
-
-class Clients:
-    """Makes clients, and closes them."""
-
-    def __init__(self) -> None:
-        self.made: list[openai.OpenAI] = []
-
-    def __call__(self, server: Served, **options: Any) -> openai.OpenAI:
-        options = {"api_key": "key", "max_retries": 0} | options
-        self.made.append(
-            openai.OpenAI(base_url=f"{server.url}/v1", _strict_response_validation=True, **options)
-        )
-        return self.made[-1]
-
-
-@pytest.fixture
-def client_of() -> Iterator[Clients]:
-    clients = Clients()
-    yield clients
-    for client in clients.made:
-        client.close()
 
 
 def test_each_status_has_its_type(small: Served, client_of: Clients) -> None:

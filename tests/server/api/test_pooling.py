@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests import tiny
+from tests.server.api.conftest import Clients
 from tests.server.engine.test_fleet import peft_logits
 from tests.serving import CONFIG, Served, serve
 
@@ -78,17 +78,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         served.wait_idle()
 
 
-def openai_client(world: World, *, strict: bool) -> openai.OpenAI:
-    """Strict: an answer that is not of OpenAI's type is an error; vectors in base64 are not, as the
-    client's type has the floats that it makes of them."""
-    return openai.OpenAI(
-        base_url=f"{world.served.url}/v1",
-        api_key="unused",
-        max_retries=0,
-        _strict_response_validation=strict,
-    )
-
-
 def expected_embedding(world: World, text: str, pooling: str, normalize: bool) -> torch.Tensor:
     ids = world.served.runtime.tokenizer.encode(text)
     model = world.base
@@ -107,9 +96,13 @@ def default_kind(world: World) -> str:
 
 
 @pytest.mark.parametrize("as_floats", [True, False])
-def test_the_openai_client_gets_embeddings(world: World, as_floats: bool) -> None:
-    """It asks for base64 by default, and for floats where it is told."""
-    client, texts = openai_client(world, strict=as_floats), ["one text", "another, longer text"]
+def test_the_openai_client_gets_embeddings(
+    world: World, as_floats: bool, client_of: Clients
+) -> None:
+    """It asks for base64 by default, and for floats where it is told. Of vectors in base64 its type
+    has the floats that it makes of them, so it cannot be strict about these."""
+    client = client_of(world.served, _strict_response_validation=as_floats)
+    texts = ["one text", "another, longer text"]
     options: list[dict[str, Any]] = [{"encoding_format": "float"}] if as_floats else [{}]
     for option in options:
         answer = client.embeddings.create(model="tiny", input=texts, user="me", **option)
@@ -141,9 +134,9 @@ def test_pooling_and_normalize(world: World, pooling: str, normalize: bool) -> N
     np.testing.assert_allclose(vector, expected, atol=1e-4)
 
 
-def test_an_adapters_embeddings_are_its_own(world: World) -> None:
+def test_an_adapters_embeddings_are_its_own(world: World, client_of: Clients) -> None:
     """Of every task; a mixture's too."""
-    client = openai_client(world, strict=False)
+    client = client_of(world.served, _strict_response_validation=False)
     base = world.post("embeddings", model="tiny", input="abc")["data"][0]["embedding"]
     for name in ADAPTERS:
         own = client.embeddings.create(model=name, input="abc").data[0].embedding

@@ -18,6 +18,7 @@ from server.api.tools import HERMES, STYLES, style_of, toolbox
 from server.engine.grammars import Grammars
 from server.errors import BadRequest
 from tests import tiny
+from tests.server.api.conftest import Clients
 from tests.serving import Served, serve
 
 CITY = {
@@ -57,12 +58,8 @@ def long_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def client(long_server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{long_server.url}/v1", api_key="none", max_retries=0,
-        _strict_response_validation=True,
-    ) as client:  # fmt: skip
-        yield client
+def client(long_server: Served, client_of: Clients) -> openai.OpenAI:
+    return client_of(long_server)
 
 
 def bias(server: Served, **factors: float) -> dict[str, float]:
