@@ -33,13 +33,24 @@ PICKLE = (
 )
 
 
-def _is_pickle(path: str | Path) -> bool:
-    """Does it begin as a pickle, or as the zip in which torch.save puts one?"""
+#: Why what git leaves in a large file's place is refused, and what to do.
+_LFS_POINTER = "a git-lfs pointer, not the weights themselves: fetch them by git lfs pull"
+
+#: Begins of files that are taken for weights: of a pickle, of the zip in which torch.save puts one.
+_OTHERS = {
+    **dict.fromkeys((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), PICKLE),
+    b"version https://git-lfs": _LFS_POINTER,
+}
+
+
+def _what_it_is(path: str | Path) -> str | None:
+    """The refusal of a file that is known as another kind by its first bytes."""
     try:
         with open(path, "rb") as file:
-            return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+            head = file.read(max(map(len, _OTHERS)))
     except OSError:
-        return False
+        return None
+    return next((reason for begin, reason in _OTHERS.items() if head.startswith(begin)), None)
 
 
 class TensorReader:
@@ -74,7 +85,7 @@ class TensorReader:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     tensors[key] = file.get_tensor(key)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
-            reason = PICKLE if _is_pickle(path) else f"not a readable safetensors file: {exc}"
+            reason = _what_it_is(path) or f"not a readable safetensors file: {exc}"
             raise CheckpointError(name, reason) from None
         if not tensors:
             raise CheckpointError(name, "the file holds no tensor")

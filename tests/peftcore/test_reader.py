@@ -194,6 +194,12 @@ def test_a_pickle_is_refused_and_not_run(form: str, name: str, tmp_path: Path) -
     assert marker.exists(), "the payload would not have worked"
 
 
+def test_a_git_lfs_pointer_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert "git lfs pull" in str(refusal(path))
+
+
 # -- taking ------------------------------------------------------------------------------------
 
 
