@@ -21,8 +21,9 @@ $(VENV)/.installed: pyproject.toml
 serve: install
 	$(BIN)/polypeft-serve --host $(HOST) --port $(PORT) --preload examples $(ARGS)
 
+# A process a core, four at most: each holds models of its own.
 test: install
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: install
 	$(BIN)/pytest -q -m slow

@@ -9,11 +9,15 @@ import torch
 # Read when a kernel is defined: without a GPU Triton's are run by its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# What a command prints does not depend on where the tests run.
+os.environ["COLUMNS"] = "120"
 
 from tests import tiny
 
-# Tiny models gain nothing from a second thread, and lose much where other work shares the cores.
+# Tiny models gain nothing from a second thread, and lose much where other work shares the cores,
+# as other tests do. Nor do those of the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def test_a_run_of_its_own_server(model_folder: Path, tmp_path: Path) -> None:
     """Loads, a popularity and a trace, beside uploads and flips; locust's own counts agree."""
     out = tmp_path / "out"
     server = ["--model", str(model_folder), "--server-flag=--kv-memory=2MiB"]
-    steps = ["--users", "1,3", "--popularities", "zipf,distinct", "--duration", "1.5"]
+    steps = ["--users", "1,3", "--popularities", "zipf,distinct", "--duration", "3"]
     steps += ["--mix", "chat=1,completion=1,classify=1"]
     trace = ["--trace", "sample", "--trace-requests", "8", "--trace-speed", "20"]
     lengths = ["--max-prompt-tokens", "20", "--max-output-tokens", "5"]
@@ -96,7 +96,7 @@ def test_a_broken_threshold_fails_the_run(
     out = tmp_path / "out"
     with serve(tmp_path) as served:
         target = ["--url", served.url, "--model", str(model_folder), "--out", str(out)]
-        load = ["--users", "1", "--popularities", "uniform", "--duration", "0.8", *TINY]
+        load = ["--users", "1", "--popularities", "uniform", "--duration", "2", *TINY]
         limits = ["--max-ttft-p95", "60", "--min-tokens-per-second", "1e9"]
         with pytest.raises(SystemExit) as ended:
             run.main([*target, *load, "--no-background", *limits])
