@@ -6,6 +6,8 @@
                 launch with the base's map
     triton      the same updates, scales and biases on a GPU, in two launches for all modules that
                 share an input
+    trained     updates and scales with gradients, by whichever of these there is
+    bottleneck  bottlenecks by torch; where no gradient is wanted, by Triton on a GPU
 
 `grouped` has the signatures of `reference`. `cpu` and `triton` share those of `Kernels`; `select`
 is the one place that chooses between them, and what neither knows `grouped` computes after them.
@@ -55,6 +57,44 @@ class Kernels(Protocol):
 
     def add_adapters_(self, y: Tensor, x: Tensor, id: int, batch: Any) -> None:
         """Updates, then output scales, then biases, on y `[..., out]`; x is scaled already."""
+        ...
+
+    def adapt_(
+        self,
+        y: Tensor,
+        x: Tensor,
+        width: int,
+        spans: Sequence[tuple[int, int, float]],
+        given: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """What `trained.TrainedPart`s do to y `[rows, out]` of x `[rows, width]`, in place.
+
+        Args:
+            spans: start, end and scale of each part; in order, without rows in common.
+            given: a, b, v and own of each part; contiguous, x's dtype or float32.
+
+        Returns: what `adapt_back_` needs; its own affair.
+        """
+        ...
+
+    def adapt_back_(
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        width: int,
+        spans: Sequence[tuple[int, int, float]],
+        given: Sequence[Tensor | None],
+        kept: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        grad_x: Tensor | None,
+    ) -> list[Tensor | None]:
+        """The gradients of `given` that are wanted; those of x are added to `grad_x`.
+
+        Args:
+            grad: y's, `[rows, out]`; multiplied with the parts' v in place.
+            x: None where every update has inputs of its own.
+            kept: what `adapt_` returned.
+        """
         ...
 
 

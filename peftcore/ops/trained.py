@@ -1,8 +1,8 @@
 """What trained adapters do at linear modules: updates and output scales, with gradients.
 
-On a CPU the kernels compute all parts at a module in one call, forward and backward; over a layer
-of `quant` the base's map lies in the same node. Elsewhere, and for what the kernels do not know,
-the operations of `autograd` compute the same.
+The kernels that `ops.select` gives compute all parts at a module together, forward and backward; on
+a CPU, over a layer of `quant`, the base's map lies in the same node. Where there are none, and for
+what they do not know, the operations of `autograd` compute the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peftcore.ops import Kernels, select, uses_triton
 from peftcore.ops.autograd import add_low_rank, scale
 from peftcore.ops.cpu import kernels
 from peftcore.ops.segments import LowRankPart, VectorPart
@@ -52,17 +53,18 @@ def adapted(base: nn.Module, x: Tensor, parts: Sequence[TrainedPart]) -> Tensor:
     Returns: `[rows, out]`, in fresh memory.
     """
     ordered = sorted(parts, key=lambda part: part.start)
-    if not _kernels_know(x, ordered):
+    ops = select(x.device)
+    if ops is None or not _kernels_know(x, ordered):
         return plain(base(x), x, parts)
     spans = [(part.start, part.end, part.scale) for part in ordered]
     tensors = [t for part in ordered for t in (part.a, part.b, part.v, part.own)]
-    if isinstance(base, QuantLinear):
-        y: Tensor = _Adapted.apply(None, x, base, spans, *tensors)
+    if isinstance(base, QuantLinear) and x.is_cpu:
+        y: Tensor = _Adapted.apply(ops, None, x, base, spans, *tensors)
         return y
     y = base(x)
     if y.dtype != x.dtype or not y.is_contiguous():
         return plain(y, x, parts)
-    y = _Adapted.apply(y, x, None, spans, *tensors)
+    y = _Adapted.apply(ops, y, x, None, spans, *tensors)
     return y
 
 
@@ -97,8 +99,10 @@ def row_norms(a: Tensor, b: Tensor, across: Tensor, squares: Tensor, scale: floa
         squares: ‖W‖² of each row, `[out]`.
     """
     given = (a, b, across, squares)
-    if kernels() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in given):
-        norms: Tensor = kernels().row_norms(*(t.detach().contiguous() for t in given), scale)
+    cpu = kernels()
+    is_chosen = cpu is not None and select(a.device) is cpu
+    if is_chosen and all(t.dtype == torch.float32 for t in given):
+        norms: Tensor = cpu.row_norms(*(t.detach().contiguous() for t in given), scale)
         return norms
     return plain_row_norms(a, b, across, squares, scale)
 
@@ -117,9 +121,11 @@ def _disjoint(parts: Sequence[TrainedPart] | Sequence[VectorPart]) -> bool:
 
 
 def _kernels_know(x: Tensor, parts: Sequence[TrainedPart]) -> bool:
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or kernels() is None:
+    if x.dtype not in (torch.float32, torch.bfloat16) and not (
+        x.dtype == torch.float16 and uses_triton(x.device)
+    ):
         return False
-    if torch.is_autocast_enabled("cpu") or not _disjoint(parts):
+    if torch.is_autocast_enabled(x.device.type) or not _disjoint(parts):
         return False
     return all(
         (part.own is None or part.own.dtype == x.dtype)
@@ -129,7 +135,8 @@ def _kernels_know(x: Tensor, parts: Sequence[TrainedPart]) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """Saves x, the parts' tensors, the shrunk rows A x, and the rows before a scale.
+    """Saves x, the parts' tensors, and what the kernels keep: the shrunk rows A x, and the rows
+    before a scale.
 
     The base's map is in the node where `layer` is given in the place of its result y.
     """
@@ -137,6 +144,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        ops: Kernels,
         y: Tensor | None,
         x: Tensor,
         layer: QuantLinear | None,
@@ -149,14 +157,14 @@ class _Adapted(torch.autograd.Function):
             ctx.mark_dirty(y)
         else:
             assert layer is not None
-            dtype = training_dtype(x) if ctx.needs_input_grad[1] else torch.float32
+            dtype = training_dtype(x) if ctx.needs_input_grad[2] else torch.float32
             y = layer.multiply(x, dtype)
-        kept = kernels().adapt_(y, x, x.shape[1], spans, given)
+        kept = ops.adapt_(y, x, x.shape[1], spans, given)
         reads_x = any(
             a is not None and own is None for a, own in zip(given[::4], given[3::4], strict=True)
         )
         ctx.save_for_backward(x if reads_x else None, *given, *kept)
-        ctx.layer, ctx.spans, ctx.x_like = layer, spans, (x.shape, x.dtype)
+        ctx.ops, ctx.layer, ctx.spans, ctx.x_like = ops, layer, spans, (x.shape, x.dtype)
         return y
 
     @staticmethod
@@ -165,13 +173,13 @@ class _Adapted(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         count, layer = 4 * len(ctx.spans), ctx.layer
         given, kept = rest[:count], rest[count:]
-        needs_y, needs_x, _, _, *wanted = ctx.needs_input_grad
+        _, needs_y, needs_x, _, _, *wanted = ctx.needs_input_grad
         if any(v is not None for v in given[2::4]):  # what the kernels will write into
             grad = grad.clone(memory_format=torch.contiguous_format)
         grad = grad.contiguous()
         shape, dtype = ctx.x_like
-        grad_x = torch.zeros(shape, dtype=dtype) if needs_x else None
-        grads = kernels().adapt_back_(grad, x, shape[1], ctx.spans, given, kept, wanted, grad_x)
+        grad_x = grad.new_zeros(shape, dtype=dtype) if needs_x else None
+        grads = ctx.ops.adapt_back_(grad, x, shape[1], ctx.spans, given, kept, wanted, grad_x)
         if layer is not None and grad_x is not None:
             grad_x = layer.multiply_back(grad, training_dtype(grad)).add_(grad_x)
-        return grad if needs_y else None, grad_x, None, None, *grads
+        return None, grad if needs_y else None, grad_x, None, None, *grads

@@ -20,7 +20,8 @@ import triton
 from torch import Tensor
 
 from peftcore.ops.triton.kernels import expand_kernel, scale_kernel, shrink_kernel
-from peftcore.ops.triton.tables import RANKS, ROWS, Adapter, Batch, Capacity
+from peftcore.ops.triton.tables import RANKS, ROWS, Adapter, Batch, Capacity, block_of
+from peftcore.ops.triton.trained import adapt_, adapt_back_
 
 #: Inputs of one program of a shrink: a wider module's are split.
 _SPLIT = 1024
@@ -67,7 +68,7 @@ def add_to_all_(ys: Sequence[Tensor], x: Tensor, ids: Sequence[int], batch: Batc
         batch.check(id, width, y.shape[-1], x.numel() // width)
         if batch.acts(id):
             found.append((y, id))
-    columns = _block(max(y.shape[-1] for y in ys), _COLUMNS)
+    columns = block_of(max(y.shape[-1] for y in ys), _COLUMNS)
     for start in range(0, len(found), _MODULES):
         _launch(found[start : start + _MODULES], x, batch, columns)
 
@@ -85,7 +86,7 @@ def _launch(found: Sequence[tuple[Tensor, int]], x: Tensor, batch: Batch, column
     if num_items:
         shrink_kernel[(num_items, len(found) * splits)](
             x, batch.segments, batch.items, shrunk, *ids, num_items, width,
-            SPLITS=splits, SPLIT=_SPLIT, STEP=_block(width, _STEP), PRECISION=precision,
+            SPLITS=splits, SPLIT=_SPLIT, STEP=block_of(width, _STEP), PRECISION=precision,
         )  # fmt: skip
     ends, total = [], 0
     for out in outs[: len(found)]:
@@ -108,7 +109,7 @@ def scale_input(x: Tensor, id: int, batch: Batch) -> Tensor:
     width = x.shape[-1]
     batch.check(id, width, None, x.numel() // width)
     x = x.clone(memory_format=torch.contiguous_format)
-    columns = _block(width, _COLUMNS)
+    columns = block_of(width, _COLUMNS)
     if batch.capacity.blocks:
         scale_kernel[(batch.capacity.blocks, triton.cdiv(width, columns))](
             x, batch.segments, batch.blocks, batch.entries, id, width, COLUMNS=columns
@@ -116,9 +117,14 @@ def scale_input(x: Tensor, id: int, batch: Batch) -> Tensor:
     return x
 
 
-def _block(width: int, most: int) -> int:
-    """A power of two of at least 16, no more than is needed."""
-    return min(most, max(16, triton.next_power_of_2(width)))
-
-
-__all__ = ["Adapter", "Batch", "Capacity", "add_adapters_", "add_to_all_", "linear", "scale_input"]
+__all__ = [
+    "Adapter",
+    "Batch",
+    "Capacity",
+    "adapt_",
+    "adapt_back_",
+    "add_adapters_",
+    "add_to_all_",
+    "linear",
+    "scale_input",
+]

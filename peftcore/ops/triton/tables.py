@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from peftcore.ops.tiles import num_tiles
@@ -267,7 +268,7 @@ def _lists(given: Given) -> list[np.ndarray]:
     bounds = np.unique(np.concatenate((starts, ends)))
     first, last = np.searchsorted(bounds, starts), np.searchsorted(bounds, ends)
     segment = np.repeat(np.arange(len(given)), last - first)
-    interval = _counted(last - first) + np.repeat(first, last - first)
+    interval = counted(last - first) + np.repeat(first, last - first)
     order = np.lexsort((segment, interval))
     segment, interval = segment[order], interval[order]
     used, first_member, num_members = np.unique(interval, return_index=True, return_counts=True)
@@ -275,29 +276,56 @@ def _lists(given: Given) -> list[np.ndarray]:
     num_blocks = -(-(high - low) // ROWS)
 
     of = np.repeat(np.arange(len(used)), num_blocks)  # a block's interval
-    row = low[of] + ROWS * _counted(num_blocks)
+    row = low[of] + ROWS * counted(num_blocks)
     num_rows = np.minimum(ROWS, high[of] - row)
     num_entries = num_members[of]
-    blocks = np.stack((row, num_rows, _starts(num_entries), num_entries), 1)
+    blocks = np.stack((row, num_rows, starts_of(num_entries), num_entries), 1)
 
     block = np.repeat(np.arange(len(of)), num_entries)  # an entry's block
-    segment = segment[np.repeat(first_member[of], num_entries) + _counted(num_entries)]
+    segment = segment[np.repeat(first_member[of], num_entries) + counted(num_entries)]
     num_items = -(-ranks[segment] // RANKS)
-    entries = np.stack((segment, _starts(num_items)), 1)
+    entries = np.stack((segment, starts_of(num_items)), 1)
 
     entry = np.repeat(np.arange(len(block)), num_items)  # an item's entry
     at = block[entry]
-    items = np.stack((row[at], num_rows[at], segment[entry], RANKS * _counted(num_items)), 1)
+    items = np.stack((row[at], num_rows[at], segment[entry], RANKS * counted(num_items)), 1)
     return [segments, blocks, entries, items]
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
+def starts_of(counts: np.ndarray) -> np.ndarray:
+    """Where each begins if so many lie one after another."""
     return np.cumsum(counts) - counts
 
 
-def _counted(counts: np.ndarray) -> np.ndarray:
+def counted(counts: np.ndarray) -> np.ndarray:
     """0, 1, … up to each count, one after another."""
-    return np.arange(counts.sum()) - np.repeat(_starts(counts), counts)
+    return np.arange(counts.sum()) - np.repeat(starts_of(counts), counts)
+
+
+def cut(num_rows: np.ndarray, ranks: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """What programs compute of parts with so many rows and ranks each.
+
+    Returns: blocks of up to `most` rows: part, first row in it; and items of a block and up to
+        `RANKS` ranks: part, first row, first rank.
+    """
+    num_blocks = -(-num_rows // most)
+    part = np.repeat(np.arange(len(num_rows)), num_blocks)
+    blocks = np.stack((part, most * counted(num_blocks)), 1)
+    num_items = -(-ranks[part] // RANKS)
+    items = np.column_stack((np.repeat(blocks, num_items, axis=0), RANKS * counted(num_items)))
+    return blocks, items
+
+
+def block_of(width: int, most: int) -> int:
+    """A power of two of at least 16, no more than is needed."""
+    needed: int = triton.next_power_of_2(width)
+    return min(most, max(16, needed))
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that the launches after it read; the host does not wait for it."""
+    given = torch.from_numpy(np.ascontiguousarray(rows))
+    return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given
 
 
 __all__ = ["Adapter", "Batch", "Capacity"]
