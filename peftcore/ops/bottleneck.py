@@ -1,4 +1,8 @@
-"""Bottlenecks on the rows of a residual branch, in plain torch, with gradients."""
+"""Bottlenecks on the rows of a residual branch.
+
+By torch, part after part and with gradients; where none is wanted and Triton computes on the
+device, by its kernels, all parts together.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+from peftcore.ops import uses_triton
 
 if TYPE_CHECKING:
     from peftcore.primitives import Bottleneck
@@ -55,6 +61,10 @@ def pre_norm(y: Tensor, stream: Tensor | None, parts: Sequence[BottleneckPart]) 
     Returns:
         y, changed in a copy.
     """
+    if _triton_knows(y, parts):
+        return _by_triton(
+            y.clone(), y, stream, None, [(p, float(p.weights.closes) - 1) for p in parts]
+        )
     pieces = []
     for start, end, p, dropout in parts:
         h = y[start:end].to(p.down.dtype)
@@ -86,6 +96,12 @@ def post_norm(
     if any("normed" in (part.weights.reads, part.weights.keeps) for part in parts):
         normed = _rows(norm(total))
     h_rows, r_rows = _rows(h), _rows(stream)
+    if _triton_knows(h, parts):
+        given = (h_rows, r_rows, normed)
+        total = _by_triton(_rows(total), *given, [(p, 1.0) for p in parts if p.weights.closes])
+        y = _rows(norm(total.view(h.shape)))
+        rest = [(p, 0.0) for p in parts if not p.weights.closes]
+        return _by_triton(y, *given, rest).view(h.shape)
     closed, open_ended = [], []
     for start, end, p, dropout in parts:
         dtype = p.down.dtype
@@ -139,6 +155,34 @@ def transform(
         out = out + kept
     out = F.layer_norm(out, out.shape[-1:], p.norm_weight, p.norm_bias, EPSILON)
     return out if p.keeps_in_norm else out + kept
+
+
+def _triton_knows(x: Tensor, parts: Sequence[BottleneckPart]) -> bool:
+    if torch.is_grad_enabled() or not uses_triton(x.device):
+        return False
+    from peftcore.ops.triton import bottleneck
+
+    return all(
+        (part.dropout is None or not part.dropout.training) and bottleneck.knows(part.weights)
+        for part in parts
+    )
+
+
+def _by_triton(
+    out: Tensor,
+    h: Tensor,
+    r: Tensor | None,
+    normed: Tensor | None,
+    work: Sequence[tuple[BottleneckPart, float]],
+) -> Tensor:
+    """`out`, overwritten: the parts' rows become `transform`'s result and, times a factor, r."""
+    from peftcore.ops.triton import bottleneck
+
+    out = out.contiguous()
+    segments = [bottleneck.Segment(p.start, p.end, p.weights, factor) for p, factor in work]
+    r, normed = (None if t is None else t.contiguous() for t in (r, normed))
+    bottleneck.bottlenecks_(out, h.contiguous(), r, normed, segments, EPSILON)
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:
