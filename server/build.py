@@ -236,7 +236,7 @@ def assemble(
         scheduler,
         ModelRunner(loaded, pool, cache.resident),
         cache,
-        Sampler(loaded.eos_token_ids),
+        Sampler(loaded.eos_token_ids, looks_between=loaded.device.type == "cpu"),
         tokenizer,
         loaded.eos_token_ids,
     )

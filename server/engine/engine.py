@@ -9,8 +9,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from peftcore.upload import upload
 from server.adapters.cache import AdapterCache
 from server.engine.block_manager import BlockManager
 from server.engine.model_runner import ModelRunner
@@ -130,7 +132,7 @@ class Engine:
             row = end
             if chunk.samples:
                 sampling.append(row - 1)
-        return logits[sampling]
+        return logits[upload(sampling, torch.long, logits.device)]
 
     def fail(self, error: Exception) -> list[StepOutput]:
         """A step raised: end everything that was running, so that the next one starts clean.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from peftcore.upload import to_device
 from server.engine.sequence import Sequence
 from server.errors import BadRequest, ServerError
 
@@ -56,7 +57,7 @@ class Guides:
                 failed[row] = BadRequest(_TOO_AMBIGUOUS)
         masked = [row for row in rows if row not in failed]
         if masked:
-            device_masks = masks.to(logits.device)
+            device_masks = to_device(masks, logits.device)
             xgrammar.apply_token_bitmask_inplace(logits, device_masks, indices=masked)
         return failed
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from peftcore.layers import AdapterBatch, Segment, VirtualRows
 from peftcore.packing import BoundAdapter
+from peftcore.upload import upload
 from server.engine.pooling import Pooler
 from server.engine.scheduler import Batch, Chunk
-from server.engine.sequence import Sequence
-from server.models.context import ChunkRows, ForwardContext, forward_context
+from server.engine.step_inputs import StepInputs, chunk_rows, slots_of
+from server.models.context import ForwardContext, forward_context
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel
 
@@ -45,34 +45,22 @@ class ModelRunner:
         """
         self._write_prefixes(batch)
         hidden: Tensor | None
-        tokens, positions, slots = [], [], []
-        outputs: list[int] = []
-        end = 0
-        for chunk in batch.chunks:
-            seq = chunk.seq
-            tokens.extend(seq.token_ids[chunk.start : chunk.end])
-            positions.append(np.arange(chunk.start, chunk.end))
-            slots.append(self._slots(seq, chunk.start, chunk.end))
-            end += chunk.num_tokens
-            outputs.extend(range(end - chunk.num_outputs, end))
+        rows = StepInputs.of(batch, self.pool.block_size, self.loaded.device)
         context = ForwardContext(
             self.pool,
-            self._tensor(np.concatenate(slots)),
-            self._rows(batch),
+            rows.slots,
+            chunk_rows(batch, self.pool.block_size),
             causal=not self.loaded.is_encoder,
         )
         host = self.loaded.host
         host.batch = self._adapter_batch(batch)
-        inputs = {
-            "input_ids": torch.tensor([tokens], device=self.loaded.device),
-            "position_ids": self._tensor(np.concatenate(positions))[None],
-        }
+        inputs = {"input_ids": rows.token_ids[None], "position_ids": rows.positions[None]}
         try:
             with forward_context(context):
                 if self.loaded.is_encoder:
                     logits, hidden = self._encode(batch, inputs)
                 else:
-                    logits, hidden = self._decode(batch, inputs, outputs)
+                    logits, hidden = self._decode(batch, inputs, rows.outputs)
         finally:
             host.batch = AdapterBatch()
         if hidden is not None:
@@ -80,7 +68,7 @@ class ModelRunner:
         return logits
 
     def _decode(
-        self, batch: Batch, inputs: dict[str, Tensor], outputs: list[int]
+        self, batch: Batch, inputs: dict[str, Tensor], outputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Logits of the rows `outputs`; hidden states `[rows, hidden]` where some are pooled."""
         found: list[Tensor] = []
@@ -90,8 +78,7 @@ class ModelRunner:
                 lambda module, args, result: found.append(result.last_hidden_state[0])
             )
         try:
-            keep = torch.tensor(outputs, dtype=torch.long, device=self.loaded.device)
-            logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=keep).logits[0]
+            logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=outputs).logits[0]
         finally:
             if hook is not None:
                 hook.remove()
@@ -105,19 +92,9 @@ class ModelRunner:
             for chunk in batch.chunks:
                 own = chunk.seq.token_type_ids or [0] * len(chunk.seq.prompt_token_ids)
                 types.extend([*[0] * chunk.seq.num_virtual_tokens, *own][chunk.start : chunk.end])
-            inputs["token_type_ids"] = torch.tensor([types], device=self.loaded.device)
+            inputs["token_type_ids"] = upload([types], torch.long, self.loaded.device)
         hidden: Tensor = self.loaded.model(**inputs).last_hidden_state[0]
         return hidden.new_empty(0, 0), hidden
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.loaded.device)
-
-    def _slots(self, seq: Sequence, start: int, end: int) -> np.ndarray:
-        """The cache slots of positions [start, end)."""
-        size = self.pool.block_size
-        positions = np.arange(start, end)
-        table = np.asarray(seq.block_table, dtype=np.int64)
-        return table[positions // size] * size + positions % size
 
     def _write_prefixes(self, batch: Batch) -> None:
         """Put given keys and values of virtual positions into the cache."""
@@ -125,21 +102,11 @@ class ModelRunner:
             start, end = chunk.write_prefix_from, chunk.seq.num_virtual_tokens
             if start is None:
                 continue
-            slots = self._tensor(self._slots(chunk.seq, start, end))
+            own = slots_of(chunk.seq, start, end, self.pool.block_size)
+            slots = upload(own, torch.long, self.loaded.device)
             adapter = self.resident(chunk.seq.adapters[0].digest)
             for layer, (keys, values) in adapter.prefix.items():
                 self.pool.write(layer, slots, keys[start:end], values[start:end])
-
-    def _rows(self, batch: Batch) -> list[ChunkRows]:
-        """Which rows are which positions of which blocks."""
-        size = self.pool.block_size
-        found: list[ChunkRows] = []
-        row = 0
-        for chunk in batch.chunks:
-            table = chunk.seq.block_table[: -(-chunk.end // size)]
-            found.append(ChunkRows(row, row + chunk.num_tokens, chunk.start, table))
-            row += chunk.num_tokens
-        return found
 
     def _adapter_batch(self, batch: Batch) -> AdapterBatch:
         """Segments of rows with the same adapters, over all rows and over those with logits."""

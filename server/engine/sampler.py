@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from peftcore.upload import to_device, upload
 from server.engine.guided import Guides
 from server.engine.sequence import SampledToken, SamplingParams, Sequence, TokenLogprob
 from server.errors import ServerError
@@ -28,10 +29,14 @@ class Sampler:
 
     Args:
         eos_token_ids: tokens that end a sequence, banned before `min_tokens`.
+        looks_between: may the host look at values before a step's tokens are known? On a GPU it
+            would wait for them: what it would have looked at comes with the tokens then, and the
+            few rows for which it tells are drawn again.
     """
 
-    def __init__(self, eos_token_ids: Seq[int]) -> None:
+    def __init__(self, eos_token_ids: Seq[int], *, looks_between: bool = True) -> None:
         self._eos = list(eos_token_ids)
+        self._looks_between = looks_between
         self._generators: dict[tuple[str, int], torch.Generator] = {}
         self._guides = Guides()
 
@@ -59,17 +64,41 @@ class Sampler:
             failed = self._guides.mask(logits, sequences, guided)
             for i in guided:
                 self._ban_stops(logits[i], sequences[i])
-        tokens = logits.argmax(dim=-1)
-        drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature > 0]
-        if drawn:
-            rows = torch.tensor(drawn, device=logits.device)
-            tokens[rows] = self._draw(logits[rows], [sequences[i] for i in drawn])
-        token_ids: list[int] = tokens.tolist()
+        token_ids = self._choose(logits, sequences)
         sampled = self._with_logprobs(raw, token_ids, sequences)
         if not guided:
             return sampled
         failed |= self._guides.accept(sequences, token_ids, [i for i in guided if i not in failed])
         return [failed.get(i, token) for i, token in enumerate(sampled)]
+
+    def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+        """The likeliest token of a row, or one drawn."""
+        tokens = logits.argmax(dim=-1)
+        drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature > 0]
+        if not drawn:
+            greedy: list[int] = tokens.tolist()
+            return greedy
+        device = logits.device
+        params = [sequences[i].params for i in drawn]
+        numbers = to_device(torch.cat([self._uniform(sequences[i]) for i in drawn]), device)
+        rows = upload(drawn, torch.long, device)
+        if self._looks_between:
+            tokens[rows] = _draw(probabilities(logits[rows], params), numbers)
+            token_ids: list[int] = tokens.tolist()
+            return token_ids
+        probs, is_right = probabilities_among(logits[rows], params, _NUM_CANDIDATES)
+        tokens[rows] = _draw(probs, numbers)
+        found = torch.cat([tokens, is_right.long()]).tolist()
+        token_ids = found[: len(sequences)]
+        left = [at for at, right in enumerate(found[len(sequences) :]) if not right]
+        if left:
+            places = upload(left, torch.long, device)
+            own = [params[at] for at in left]
+            probs, _ = probabilities_among(logits[rows[places]], own, logits.shape[-1])
+            again = _draw(probs, numbers[places]).tolist()
+            for at, token_id in zip(left, again, strict=True):
+                token_ids[drawn[at]] = token_id
+        return token_ids
 
     @staticmethod
     def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[SampledToken]:
@@ -83,7 +112,8 @@ class Sampler:
             targets = token_ids[start : start + _SCORED_ROWS]
             rows = logits[start : start + len(targets)].float()
             log_total = rows.logsumexp(dim=-1)
-            own = rows[range(len(targets)), targets] - log_total
+            places = upload(targets, torch.long, rows.device)
+            own = rows.gather(1, places[:, None])[:, 0] - log_total
             values, ids = rows.topk(num_top, dim=-1)
             values -= log_total[:, None]
             for token, logprob, top_ids, top in zip(
@@ -105,22 +135,20 @@ class Sampler:
 
     def _change(self, logits: Tensor, seq: Sequence) -> None:
         """Bias, penalties and bans on one row `[vocab]`, in place."""
-        p = seq.params
+        p, device = seq.params, logits.device
         if p.logit_bias:
-            biased = [token_id for token_id, _ in p.logit_bias]
-            logits[biased] += torch.tensor([b for _, b in p.logit_bias], device=logits.device)
+            biased = upload([token_id for token_id, _ in p.logit_bias], torch.long, device)
+            logits[biased] += upload([b for _, b in p.logit_bias], logits.dtype, device)
         output = seq.output_token_ids
         if p.repetition_penalty != 1:
-            seen = torch.tensor(
-                sorted({*seq.prompt_token_ids, *output}), device=logits.device, dtype=torch.long
-            )
+            seen = upload(sorted({*seq.prompt_token_ids, *output}), torch.long, device)
             values = logits[seen]
             penalty = p.repetition_penalty
             logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if output and (p.presence_penalty or p.frequency_penalty):
-            ids = torch.tensor(output, device=logits.device, dtype=torch.long)
-            seen, counts = torch.unique(ids, return_counts=True)
-            logits[seen] -= p.frequency_penalty * counts + p.presence_penalty
+            ids, counts = torch.unique(torch.tensor(output), return_counts=True)
+            off = p.frequency_penalty * to_device(counts, device) + p.presence_penalty
+            logits[to_device(ids, device)] -= off
         if p.grammar is None:
             self._ban_stops(logits, seq)
 
@@ -128,33 +156,21 @@ class Sampler:
         """No end before `min_tokens`, in one row `[vocab]`; a grammar's end comes all the same."""
         if seq.num_output_tokens >= seq.params.min_tokens:
             return
-        stops = [*self._eos, *seq.params.stop_token_ids]
+        ids = [*self._eos, *seq.params.stop_token_ids]
+        stops = upload(ids, torch.long, logits.device)
         kept = logits[stops]
         logits[stops] = -torch.inf
-        if seq.params.grammar is not None and not bool((logits > -torch.inf).any()):
-            logits[stops] = kept
+        if seq.params.grammar is not None:
+            logits[stops] = torch.where((logits > -torch.inf).any(), -torch.inf, kept)
 
-    def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-        """Sampled tokens `[rows]`: where a uniform number falls among the summed probabilities."""
-        probs = probabilities(logits, [seq.params for seq in sequences])
-        sums = probs.cumsum(dim=-1, dtype=torch.double)
-        total = sums[:, -1:]
-        drawn = torch.cat([self._uniform(seq, probs.device) for seq in sequences])[:, None]
-        # Rounded up to the total it would fall behind the last token.
-        places = torch.minimum(drawn * total, total.nextafter(torch.zeros_like(total)))
-        # The first sum above it: a token without probability adds nothing to the one before.
-        tokens = torch.searchsorted(sums, places, right=True)[:, 0]
-        return tokens.clamp(max=probs.shape[-1] - 1)  # of a row of NaN too
+    def _uniform(self, seq: Sequence) -> Tensor:
+        """The sequence's next random number `[1]`, in [0, 1): on every device the same one."""
+        return torch.rand(1, generator=self._generator(seq), dtype=torch.double)
 
-    def _uniform(self, seq: Sequence, device: torch.device) -> Tensor:
-        """The sequence's next random number `[1]`, in [0, 1)."""
-        generator = self._generator(seq, device)
-        return torch.rand(1, generator=generator, device=device, dtype=torch.double)
-
-    def _generator(self, seq: Sequence, device: torch.device) -> torch.Generator:
+    def _generator(self, seq: Sequence) -> torch.Generator:
         generator = self._generators.get(seq.key)
         if generator is None:
-            generator = self._generators[seq.key] = torch.Generator(device)
+            generator = self._generators[seq.key] = torch.Generator()
             if seq.params.seed is None:
                 generator.seed()
             else:
@@ -166,16 +182,38 @@ class Sampler:
         raw: Tensor, token_ids: Seq[int], sequences: Seq[Sequence]
     ) -> list[SampledToken]:
         sampled = [SampledToken(token_id) for token_id in token_ids]
-        for i, seq in enumerate(sequences):
-            num_top = seq.params.logprobs
-            if num_top is None:
-                continue
+        asked = [(i, s.params.logprobs) for i, s in enumerate(sequences)]
+        wanted = [(i, num_top) for i, num_top in asked if num_top is not None]
+        if not wanted:
+            return sampled
+        values, ids = [], []
+        for i, num_top in wanted:
             logprobs = torch.log_softmax(raw[i], dim=-1)
-            values, ids = logprobs.topk(num_top)
-            top = [TokenLogprob(t, v) for t, v in zip(ids.tolist(), values.tolist(), strict=True)]
-            token_id = token_ids[i]
-            sampled[i] = SampledToken(token_id, float(logprobs[token_id]), top)
+            likeliest = logprobs.topk(num_top)
+            values += [logprobs[token_ids[i], None], likeliest.values]
+            ids.append(likeliest.indices)
+        # All of them at once to the host.
+        all_values, all_ids = iter(torch.cat(values).tolist()), iter(torch.cat(ids).tolist())
+        for i, num_top in wanted:
+            own = next(all_values)
+            top = [TokenLogprob(next(all_ids), next(all_values)) for _ in range(num_top)]
+            sampled[i] = SampledToken(token_ids[i], own, top)
         return sampled
+
+
+def _draw(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Sampled tokens `[rows]`: where a number falls among the summed probabilities.
+
+    Args:
+        probs: `[rows, vocab]`, of any sum. numbers: `[rows]` float64 in [0, 1).
+    """
+    sums = probs.cumsum(dim=-1, dtype=torch.double)
+    total = sums[:, -1:]
+    # Rounded up to the total it would fall behind the last token.
+    places = torch.minimum(numbers[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # The first sum above it: a token without probability adds nothing to the one before.
+    tokens = torch.searchsorted(sums, places, right=True)[:, 0]
+    return tokens.clamp(max=probs.shape[-1] - 1)  # of a row of NaN too
 
 
 def probabilities(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -184,28 +222,56 @@ def probabilities(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
     Args:
         logits: `[rows, vocab]`, penalties applied. params: one for each row, temperature above 0.
     """
+    return _probabilities(logits, params, None)[0]
+
+
+def probabilities_among(
+    logits: Tensor, params: Seq[SamplingParams], num: int
+) -> tuple[Tensor, Tensor]:
+    """As `probabilities`, from each row's `num` likeliest tokens where some are to be left out; and
+    `[rows]` whether that gives the same. No value is looked at."""
+    return _probabilities(logits, params, num)
+
+
+def _probabilities(
+    logits: Tensor, params: Seq[SamplingParams], num: int | None
+) -> tuple[Tensor, Tensor]:
     logits = logits / _column(logits, [p.temperature for p in params])
+    is_right = torch.ones(len(params), dtype=torch.bool, device=logits.device)
     cut = [i for i, p in enumerate(params) if p.top_k is not None or p.top_p < 1]
     if cut:
-        logits[cut] = _keep_top(logits[cut], [params[i] for i in cut])
+        rows = upload(cut, torch.long, logits.device)
+        kept, is_enough = _keep_top(logits[rows], [params[i] for i in cut], num)
+        logits[rows], is_right[rows] = kept, is_enough
     probs = torch.softmax(logits, dim=-1)
     if any(p.min_p > 0 for p in params):
         floor = _column(logits, [p.min_p for p in params]) * probs.amax(-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0)
-    return probs
+    return probs, is_right
 
 
-def _keep_top(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+def _keep_top(
+    logits: Tensor, params: Seq[SamplingParams], num: int | None
+) -> tuple[Tensor, Tensor]:
     """−inf outside each row's top_k and top_p; the likeliest token always stays.
 
     Which tokens a row keeps depends on that row alone, not on which others had to be sorted.
+
+    Args:
+        num: among how many tokens of each row; None: among as many as it takes.
+
+    Returns:
+        The logits, and `[rows]` whether they are right, as all are without `num`.
     """
     vocab = logits.shape[-1]
+    if num is not None:
+        return _keep_among(logits, params, min(vocab, num))
     kept, is_enough = _keep_among(logits, params, min(vocab, _NUM_CANDIDATES))
     left = [i for i, enough in enumerate(is_enough.tolist()) if not enough]
     if left:
-        kept[left], _ = _keep_among(logits[left], [params[i] for i in left], vocab)
-    return kept
+        rows = upload(left, torch.long, logits.device)
+        kept[rows], is_enough[rows] = _keep_among(logits[rows], [params[i] for i in left], vocab)
+    return kept, is_enough
 
 
 def _keep_among(logits: Tensor, params: Seq[SamplingParams], num: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +296,7 @@ def _keep_among(logits: Tensor, params: Seq[SamplingParams], num: int) -> tuple[
 
 
 def _column(like: Tensor, values: Seq[float]) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+    return upload(values, like.dtype, like.device)[:, None]
 
 
 def _choice_seed(seed: int, index: int) -> int:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from peftcore.ops import select, uses_triton
 from peftcore.ops.cpu import kernels
+from peftcore.upload import upload
 from server.models.context import ChunkRows, ForwardContext, current_context
 from server.models.kv_pool import KVPool
 
@@ -216,8 +217,8 @@ def _rows(context: ForwardContext) -> list[_PromptRows | _DecodeRows]:
         own = [_context_slots(context, chunk) for chunk in group]
         longest = max(len(s) for s in own)
         padded = torch.stack([torch.cat([s, s[:1].expand(longest - len(s))]) for s in own])
-        lens = torch.tensor([len(s) for s in own], device=device)
-        rows = torch.tensor([chunk.start for chunk in group], device=device)
+        lens = upload([len(s) for s in own], torch.int64, device)
+        rows = upload([chunk.start for chunk in group], torch.int64, device)
         found.append(_DecodeRows(rows, padded, lens))
     return found
 
@@ -225,7 +226,7 @@ def _rows(context: ForwardContext) -> list[_PromptRows | _DecodeRows]:
 def _context_slots(context: ForwardContext, chunk: ChunkRows) -> Tensor:
     """The slots of the chunk's positions from 0, `[context_len]`."""
     size, device = context.pool.block_size, context.slots.device
-    table = torch.tensor(chunk.block_table, device=device)[:, None] * size
+    table = upload(chunk.block_table, torch.int64, device)[:, None] * size
     slots = (table + torch.arange(size, device=device)).flatten()
     return slots[: chunk.context_len]
 

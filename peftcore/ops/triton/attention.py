@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftcore.upload import staging
+
 #: Rows of a chunk in one item.
 TILE_ROWS = 64
 #: Queries (rows times query heads of a kv head) of one program, at most. Single rows take as few as
@@ -136,9 +138,9 @@ class Plan:
         if over:
             raise ValueError(f"the plan has no room for {need}: {', '.join(over)}")
         used = self._num_items + need.blocks
-        # Pinned memory goes back to its allocator, which reuses it when the copy is through.
-        host = torch.zeros(used, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
+        host = staging(used, torch.int32, self._buffer.device)
         flat = host.numpy()
+        flat[: self._num_items] = 0
         items = flat[: self._num_items].reshape(-1, _ITEM)
         flat[self._num_items :] = np.fromiter(
             chain.from_iterable(table for _, _, _, table in chunks), np.int32, need.blocks

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from peftcore.ops.tiles import num_tiles
+from peftcore.upload import staging, upload
 
 #: Of an adapter at a module: addresses of A, B, input scale, output scale and bias (0: none), the
 #: rank (0: no update), the bits of its float32 scale, codes of the factors' and vectors' dtypes.
@@ -111,7 +112,7 @@ class Adapter:
             for id, row in self._rows.items():
                 host[id - first] = row
             device = self._held[0].device if self._held else torch.device("cpu")
-            table = torch.from_numpy(host).to(device)
+            table = upload(host, torch.int64, device)
             scaling = frozenset(id for id, row in self._rows.items() if row[IN_SCALE])
             key = frozenset((id, *size, id in scaling) for id, size in self._sizes.items())
             sites = _sites.get(key)
@@ -191,9 +192,6 @@ class Batch:
             device = given[0][2].bound.table.device if given else "cpu"
         sizes = [n * width for n, width in zip(self.capacity, WIDTHS, strict=True)]
         self._buffer = torch.zeros(max(1, sum(sizes)), dtype=torch.int64, device=device)
-        self._host = torch.zeros(
-            len(self._buffer), dtype=torch.int64, pin_memory=self._buffer.is_cuda
-        )
         views = self._buffer[: sum(sizes)].split(sizes)
         self.segments, self.blocks, self.entries, self.items = (
             view.view(-1, width) for view, width in zip(views, WIDTHS, strict=True)
@@ -203,8 +201,7 @@ class Batch:
     def update_(self, given: Given) -> None:
         """Make it the batch of these segments, in one copy that is ordered with the launches.
 
-        The copy of the step before must have ended: a host that runs ahead by more than a step
-        waits for its results first. Raises ValueError if they do not fit the capacity.
+        Raises ValueError if they do not fit the capacity.
         """
         self._write(given, _lists(given))
 
@@ -212,12 +209,13 @@ class Batch:
         used = Capacity(*map(len, lists))
         if not self.capacity.holds(used):
             raise ValueError(f"{used} does not fit {self.capacity}")
-        host, start = self._host.numpy(), 0
+        buffer = staging(len(self._buffer), torch.int64, self._buffer.device)
+        host, start = buffer.numpy(), 0
         host[:] = 0
         for rows, n, width in zip(lists, self.capacity, WIDTHS, strict=True):
             host[start : start + rows.size] = rows.reshape(-1)
             start += n * width
-        self._buffer.copy_(self._host, non_blocking=True)
+        self._buffer.copy_(buffer, non_blocking=True)
         self.adapters = list({id(adapter): adapter for _, _, adapter, _ in given}.values())
         self.num_rows = max((end for start, end, _, _ in given if end > start), default=0)
         self._sites = list({id(a.bound.sites): a.bound.sites for a in self.adapters}.values())
