@@ -44,6 +44,7 @@ from peftcore.primitives import (
     with_tensors,
 )
 from peftcore.program import AdapterProgram
+from peftcore.upload import upload
 
 
 class Place(NamedTuple):
@@ -69,6 +70,10 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         return self.data.numel()
+
+    def pinned(self) -> PackedAdapter:
+        """The same in pinned memory, from which a GPU copies while it computes."""
+        return dataclasses.replace(self, data=self.data.pin_memory())
 
 
 class LowRankFactors(NamedTuple):
@@ -151,7 +156,7 @@ def packed_bytes(num_elements: int, num_half_elements: int, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = False) -> PackedAdapter:
+def pack(program: AdapterProgram, dtype: torch.dtype) -> PackedAdapter:
     """Lay the program out in one host buffer; what half precision would change is in `dtype`."""
     layout = []
     contents: list[tuple[Place, Tensor]] = []
@@ -166,7 +171,7 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pin_memory: bool = Fals
             end += aligned(tensor.numel()) * kept.itemsize
         shapes = [torch.empty_like(t, device="meta") for t in tensors_of(primitive)]
         layout.append((with_tensors(primitive, shapes), tuple(places)))
-    data = torch.zeros(end, dtype=torch.uint8, pin_memory=pin_memory)
+    data = torch.zeros(end, dtype=torch.uint8)
     for place, tensor in contents:
         _view(data, 0, place).copy_(tensor)
     return PackedAdapter(program.digest, data, layout)
@@ -354,7 +359,7 @@ def _add(weights: ModuleWeights, primitive: ModulePrimitive, device: torch.devic
         case ModuleOverride(weight=weight, bias=bias):
             weights.override = (weight, bias)
         case RowOverride(ids=ids, rows=rows):
-            weights.rows = (torch.tensor(ids, device=device), rows)
+            weights.rows = (upload(ids, torch.int64, device), rows)
         case Bottleneck():
             weights.bottleneck = primitive
 

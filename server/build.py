@@ -195,7 +195,7 @@ def assemble(
     arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
     store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
 
-    packer = Packer(loaded.tasks, loaded.dtype)
+    packer = Packer(loaded.tasks, loaded.dtype, pin_memory=loaded.device.type == "cuda")
 
     def load(digest: str) -> PackedAdapter:
         return packer.load(store.folder(digest), digest)

@@ -65,11 +65,16 @@ class Packer:
     """Adapters' packed form, for one base and dtype, and the file in which it is kept.
 
     Compiling holds Python's lock, which the engine needs too, many times as long as reading.
+
+    Args:
+        dtype: as for `pack`.
+        pin_memory: what is loaded is copied to a GPU.
     """
 
-    def __init__(self, tasks: Tasks, dtype: torch.dtype) -> None:
+    def __init__(self, tasks: Tasks, dtype: torch.dtype, *, pin_memory: bool = False) -> None:
         self._tasks = tasks
         self._dtype = dtype
+        self._pin_memory = pin_memory
         self._made_for = f"{tasks.base.values()} {dtype}"
 
     def pack(self, program: AdapterProgram) -> PackedAdapter:
@@ -82,10 +87,10 @@ class Packer:
     def load(self, folder: Path, digest: str) -> PackedAdapter:
         """The packed form of a stored adapter, known by `digest`: as it was kept, or compiled anew
         where it was not. Its values were checked when it was admitted."""
-        kept = read_packed(folder / PACKED_NAME, digest, self._made_for)
-        if kept is not None:
-            return kept
-        config = config_from_json((folder / CONFIG_NAME).read_bytes())
-        tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
-        program = self._tasks.compile(config, tensors, digest=digest, check_values=False)
-        return self.pack(program)
+        packed = read_packed(folder / PACKED_NAME, digest, self._made_for)
+        if packed is None:
+            config = config_from_json((folder / CONFIG_NAME).read_bytes())
+            tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
+            program = self._tasks.compile(config, tensors, digest=digest, check_values=False)
+            packed = self.pack(program)
+        return packed.pinned() if self._pin_memory else packed

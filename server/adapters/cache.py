@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peftcore.arena import AdapterArena
 from peftcore.memory import trim_malloc
 from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
+from server.adapters.copies import Copies, copies_for
 from server.engine.scheduler import Residency
 from server.engine.sequence import Sequence
 from server.errors import AdapterLoadFailed
@@ -65,10 +66,13 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class _Loaded:
+    """What the loader says. `copied` is `Copies.copy`'s, if it came so far."""
+
     digest: str
     layout: Layout | None
     error: Exception | None
     seconds: float
+    copied: Any = None
 
 
 class HostCache:
@@ -120,6 +124,7 @@ class AdapterCache:
         host: packed copies that spare reading and compiling.
         load, size_of: see `Load`, `SizeOf`.
         linears: as for `bind`.
+        copies: how bytes come into the arena's memory.
         wake: called from the loader's thread when a load has ended.
     """
 
@@ -131,6 +136,7 @@ class AdapterCache:
         load: Load,
         size_of: SizeOf,
         linears: Mapping[str, tuple[int, int]] | None = None,
+        copies: Copies | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.arena = arena
@@ -139,6 +145,7 @@ class AdapterCache:
         self._load = load
         self._size_of = size_of
         self._linears = linears
+        self._copies = copies or copies_for(arena.data.device)
         self._wake = wake
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._doomed: set[str] = set()
@@ -200,6 +207,7 @@ class AdapterCache:
         while self._done:
             done = self._done.popleft()
             entry = self._entries[done.digest]
+            self._copies.join(done.copied)
             self.stats.load_seconds += done.seconds
             if done.layout is None:
                 assert done.error is not None
@@ -312,8 +320,9 @@ class AdapterCache:
             entry = Entry(digest, offset, num_bytes, pins=1)
             self._entries[digest] = entry
             taken.append(entry)
+        after = self._copies.mark() if taken else None
         for entry in taken:
-            self._pool.submit(self._run_load, entry.digest, entry.offset, entry.num_bytes)
+            self._pool.submit(self._run_load, entry.digest, entry.offset, entry.num_bytes, after)
         return True
 
     def _make_room(self, num_bytes: int) -> int | None:
@@ -353,9 +362,9 @@ class AdapterCache:
 
     # -- the loader's thread ---------------------------------------------------------------------
 
-    def _run_load(self, digest: str, offset: int, num_bytes: int) -> None:
+    def _run_load(self, digest: str, offset: int, num_bytes: int, after: Any) -> None:
         start = time.perf_counter()
-        layout, error = None, None
+        layout, error, copied = None, None, None
         try:
             packed = self.host.get(digest)
             if packed is None:
@@ -363,13 +372,14 @@ class AdapterCache:
                 self.host.put(packed)
             if packed.num_bytes > num_bytes:
                 raise ValueError(f"{packed.num_bytes} bytes, but the registry says {num_bytes}")
-            self.arena.data[offset : offset + packed.num_bytes].copy_(packed.data)
+            target = self.arena.data[offset : offset + packed.num_bytes]
+            copied = self._copies.copy(target, packed.data, after)
             layout = packed.layout
             del packed
             trim_malloc()  # what checks and compiling took lies between what stays
         except Exception as exc:
             error = exc
-        self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start))
+        self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start, copied))
         self._wake()
 
     def close(self) -> None:
