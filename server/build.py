@@ -79,6 +79,8 @@ def build_runtime(settings: Settings) -> Runtime:
     tokenizer = Tokenizer.from_folder(folder.path)
     name = settings.served_model_name or folder.name
     embedding = embedding_defaults(folder.path, loaded)
+    if loaded.quantization != settings.quantization:
+        logger.info("the checkpoint is quantized, and keeps its %s codes", loaded.quantization)
     runtime = assemble(settings, loaded, tokenizer, name, embedding)
     preload(runtime, folders)
     trim_malloc()  # what loading took for a time lies between what stays

@@ -36,7 +36,7 @@ from server.memory import (
     mebibytes,
     workspace_bytes,
 )
-from server.models.loader import generates
+from server.models.loader import generates, kept_quantization
 from server.settings import Settings
 
 #: What Python, torch and transformers take before there is a model, in bytes, as README has it.
@@ -76,13 +76,18 @@ def make_plan(settings: Settings) -> Plan:
     device = device_of(settings)
     preloaded = adapter_folders(settings)
     folder = resolve_model(settings.model)
+        UnservableModel: the checkpoint is quantized in a way that is not served.
     config = AutoConfig.from_pretrained(folder.path)
     is_encoder = not generates(config)
     config = config.get_text_config()
-    weights = _weights(folder.path)
+    stored = kept_quantization(folder.path, config)
     computed = torch.float32 if device.type == "cpu" else torch.bfloat16
-    base = _base_bytes(weights, settings.quantization, computed)
-    kv_dtype = kv_dtype_of(settings, device, settings.quantization, computed, is_encoder=is_encoder)
+    if stored is None:
+        base = _base_bytes(_weights(folder.path), settings.quantization, computed)
+    else:
+        base = _stored_bytes(_tensors(folder.path), computed)
+    quantization = stored or settings.quantization
+    kv_dtype = kv_dtype_of(settings, device, quantization, computed, is_encoder=is_encoder)
     max_len = settings.max_model_len or config.max_position_embeddings
     try:
         memory = make_memory_plan(
@@ -118,7 +123,7 @@ def make_plan(settings: Settings) -> Plan:
     verdict = "the system does not tell its memory" if available is None else mebibytes(available)
     facts = {
         "model": f"{settings.served_model_name or folder.name} ({folder.path})",
-        "quantization": settings.quantization,
+        "quantization": quantization,
         "device": str(device),
         "threads": str(settings.num_threads or torch.get_num_threads()),
         "kernels": ops.status(device),
@@ -138,15 +143,38 @@ def make_plan(settings: Settings) -> Plan:
     return Plan({**facts, "fits": "yes" if plan.fits else "no"}, need, available)
 
 
-def _weights(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors, from the files' headers alone."""
-    shapes: dict[str, list[int]] = {}
+def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Shapes and types of all tensors, from the files' headers alone."""
+    found: dict[str, dict[str, Any]] = {}
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name[:2] != "__"}
-    return shapes
+        found |= {name: entry for name, entry in header.items() if name[:2] != "__"}
+    return found
+
+
+def _weights(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors."""
+    return {name: entry["shape"] for name, entry in _tensors(folder).items()}
+
+
+def _stored_bytes(tensors: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> int:
+    """Of a checkpoint that bitsandbytes has quantized: codes as they are, their scales in float32,
+    all else in `dtype`."""
+    total = 0
+    for name, entry in tensors.items():
+        path, _, state = name.partition(".weight.")
+        path = path.removesuffix(".weight").removesuffix(".SCB")
+        is_coded = f"{path}.SCB" in tensors or f"{path}.weight.absmax" in tensors
+        start, end = entry["data_offsets"]
+        if state == "absmax" or name.endswith(".SCB"):
+            total += torch.Size(entry["shape"]).numel() * 4
+        elif name.endswith(".weight") and is_coded:
+            total += end - start
+        elif not state and not name.endswith(".weight_format"):
+            total += torch.Size(entry["shape"]).numel() * dtype.itemsize
+    return total
 
 
 def _base_bytes(

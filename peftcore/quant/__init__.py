@@ -10,11 +10,13 @@ from peftcore.quant.linear import (
     quantize_model,
     round_activations,
 )
+from peftcore.quant.stored import adopt_codes, stored_quantization
 
 __all__ = [
     "Activations",
     "QuantLinear",
     "Quantization",
+    "adopt_codes",
     "bitsandbytes",
     "dequantize",
     "fast_activations",
@@ -22,4 +24,5 @@ __all__ = [
     "keep_exact",
     "quantize_model",
     "round_activations",
+    "stored_quantization",
 ]

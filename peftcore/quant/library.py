@@ -12,6 +12,8 @@ from typing import Any
 
 # On some CPUs its import, maybe by transformers, warns of an optional kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# On a GPU its 8-bit operator warns at every call that it computes bfloat16 in float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def bitsandbytes() -> Any:

@@ -13,7 +13,7 @@ W's size is kept between the passes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -81,8 +81,6 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
         """Quantize `weight` `[out_features, in_features]`, float."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.quantization = quantization
         weight = weight.detach().to(torch.float32).contiguous()
         if quantization == "nf4":
             codes, absmax = quantize_nf4(weight)
@@ -90,6 +88,39 @@ class QuantLinear(nn.Module):
             codes, absmax = quantize_int8(weight)
         else:
             raise ValueError(f"quantization: {quantization!r} is not 'nf4' or 'int8'")
+        self._take(codes, absmax, bias, weight.shape, quantization)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        quantization: Quantization,
+    ) -> QuantLinear:
+        """A layer over codes that there are already.
+
+        Args:
+            codes, absmax: as bitsandbytes lays them out (see the attributes), int8's absmax as it
+                is.
+            shape: (out_features, in_features).
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(codes, absmax, bias, shape, quantization)
+        return layer
+
+    def _take(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        quantization: Quantization,
+    ) -> None:
+        self.out_features, self.in_features = shape
+        self.quantization = quantization
         self.packed = (
             codes.is_cpu
             and can_pack(quantization, self.in_features, BLOCK)
@@ -106,9 +137,10 @@ class QuantLinear(nn.Module):
         )
         self.activations: Activations = "float"
         self._kernel: Any = None
+        self._made: dict[Any, Any] = {}  # on a GPU, once for all calls
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kernel": None}  # points into this one's buffers
+        return {**super().__getstate__(), "_kernel": None, "_made": {}}  # of this one's buffers
 
     @property
     def kernel(self) -> Any:
@@ -219,20 +251,42 @@ class QuantLinear(nn.Module):
                 back += rows[:, i : i + step] @ tile
         return back.view(*grad.shape[:-1], -1).to(grad.dtype)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kernel, self._made = None, {}  # the buffers may move
+        return super()._apply(*args, **kwargs)
+
     def _nf4_state(self, dtype: torch.dtype) -> Any:
-        functional = bitsandbytes().functional
-        return functional.QuantState(
-            absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=functional.get_4bit_type("nf4", device=self.absmax.device),
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=dtype,
-        )
+        """What bitsandbytes' operators are told. Made once: its table of values comes from the
+        host, for which the device would wait at each call."""
+        state = self._made.get(dtype)
+        if state is None:
+            functional = bitsandbytes().functional
+            with torch.inference_mode(False):  # training may use it too
+                code = functional.get_4bit_type("nf4", device=self.absmax.device)
+            state = self._made[dtype] = functional.QuantState(
+                absmax=self.absmax,
+                shape=torch.Size((self.out_features, self.in_features)),
+                code=code,
+                blocksize=BLOCK,
+                quant_type="nf4",
+                dtype=dtype,
+            )
+        return state
+
+    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in what a step computes in, made once."""
+        if self.bias is None:
+            return None
+        found = self._made.get(("bias", dtype))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._made["bias", dtype] = self.bias.to(dtype)
+        bias: Tensor = found
+        return bias
 
     def _forward_cuda(self, x: Tensor) -> Tensor:
         bnb = bitsandbytes()
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self._bias_in(x.dtype)
         result: Tensor
         if self.quantization == "nf4":
             result = bnb.matmul_4bit(x, self.codes.t(), self._nf4_state(x.dtype), bias=bias)
@@ -266,6 +320,8 @@ def quantize_model(
     model: PreTrainedModel,
     quantization: Quantization,
     after_each: Callable[[], object] = lambda: None,
+    *,
+    output_alone: bool = False,
 ) -> None:
     """Replace every linear layer of `model` by a `QuantLinear`, in place.
 
@@ -274,11 +330,14 @@ def quantize_model(
 
     Args:
         after_each: called when a layer's float weight is not read any more.
+        output_alone: the output embedding only: of a model whose other layers have their codes.
     """
     if quantization == "none":
         return
     output = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
+        if output_alone and module is not output:
+            continue
         if isinstance(module, nn.Linear):
             weight, bias = module.weight, module.bias
         elif isinstance(module, Conv1D):

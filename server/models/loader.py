@@ -20,15 +20,18 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peftcore.base import BaseModel
+from peftcore.errors import UnsupportedError
 from peftcore.layers import AdapterHost, AdapterModule, attach
 from peftcore.memory import MappedFiles
 from peftcore.ops import select, uses_triton
 from peftcore.quant import (
     Activations,
     Quantization,
+    adopt_codes,
     fast_activations,
     quantize_model,
     round_activations,
+    stored_quantization,
 )
 from peftcore.tasks import Tasks
 from server.models.attention import NAME, TORCH_NAME
@@ -91,20 +94,39 @@ def load_model(
     Float32 weights are mapped, not read: then no more than one of them is in RAM beside the codes.
 
     Args:
+        quantization: of a checkpoint of float weights. One that bitsandbytes has quantized keeps
+            its codes; then this says of its output embedding alone whether it is.
         activations: of quantized layers; None chooses what is fast.
 
     Raises:
-        UnservableModel: the paged attention does not serve this architecture right.
+        UnservableModel: the paged attention does not serve this architecture right, or the
+            checkpoint is quantized in a way that is not served.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cls = AutoModelForCausalLM if generates(AutoConfig.from_pretrained(folder)) else AutoModel
+    config = AutoConfig.from_pretrained(folder)
+    cls = AutoModelForCausalLM if generates(config) else AutoModel
     loading: Any = cls.from_pretrained  # mypy knows of one result only
-    model, info = loading(folder, dtype=dtype, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if kept_quantization(folder, config) is not None:
+        options["device_map"] = {"": str(device)}  # where bitsandbytes makes its layers
+    model, info = loading(folder, **options)
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     if others := {path for path in missing if not path.startswith("pooler.")}:
         raise UnservableModel(f"{folder}: holds no weights of {', '.join(sorted(others))}")
     release = MappedFiles(folder).release
     return prepare_model(model, quantization, device, activations, release, missing)
+
+
+def kept_quantization(folder: Path, config: PretrainedConfig) -> Quantization | None:
+    """How the checkpoint was quantized when it was saved; None where its weights are floats.
+
+    Raises:
+        UnservableModel: in a way that is not served.
+    """
+    try:
+        return stored_quantization(config)
+    except UnsupportedError as exc:
+        raise UnservableModel(f"{folder}: {exc}") from None
 
 
 def generates(config: PretrainedConfig) -> bool:
@@ -131,8 +153,14 @@ def prepare_model(
     """
     check_config(model)
     model.eval().requires_grad_(False)
+    try:
+        is_stored = adopt_codes(model, after_each)
+    except UnsupportedError as exc:
+        raise UnservableModel(f"{type(model).__name__}: {exc}") from None
     model.to(device)  # type: ignore[arg-type]
-    quantize_model(model, quantization, after_each)
+    quantize_model(model, quantization, after_each, output_alone=is_stored)
+    if is_stored:
+        quantization = stored_quantization(model.config) or quantization
     model.set_attn_implementation(NAME)
     calls = observe(model)
     kv_shapes = [call.kv_shape for call in calls]
