@@ -76,6 +76,13 @@ STEPS: tuple[Step, ...] = (
         {"TRITON_INTERPRET": None, "POLYPEFT_TEST_DEVICE": "cuda"},
     ),
     Step(
+        "CUDA graphs against eager steps, copies beside steps, no waiting in a step",
+        ("{python}", "-m", "pytest", "-q", "tests/server/engine/test_graphs_and_eager.py",
+         "tests/server/engine/test_on_gpu.py"),
+        1200,
+        {"TRITON_INTERPRET": None, "POLYPEFT_TEST_DEVICE": "cuda"},
+    ),
+    Step(
         "kernels against torch",
         (*("{python}", "-m", "loadtests.gpu", "--json", "{out}/kernels.json"),
          *("--plot", "{out}/kernels.png")),
@@ -86,6 +93,12 @@ STEPS: tuple[Step, ...] = (
         "serving: the base, 16 adapters, five methods",
         (*_SERVING, "--compare", "base,distinct,mixed", "--json", "{out}/serving.json"),
         1800,
+    ),
+    Step(
+        "serving without CUDA graphs",
+        (*_SERVING, "--compare", "base,distinct,mixed", "--json", "{out}/serving_eager.json"),
+        1800,
+        {"POLYPEFT_CUDA_GRAPHS": "false"},
     ),
     Step(
         "serving against HF peft",

@@ -109,16 +109,27 @@ class AdapterHost:
         self.kernel_tokens = self._kernel_batch(batch.tokens)
         self.kernel_outputs = self._kernel_batch(batch.outputs)
 
+    def set_kernel_batch(self, batch: Any) -> None:
+        """In place of `batch`: the kernels' own, or None. All that its adapters do the kernels do,
+        and every token row has logits."""
+        self.batch = AdapterBatch()
+        self.kernel_tokens = self.kernel_outputs = batch
+
     def _kernel_batch(self, segments: Sequence[Segment]) -> Any:
-        given = [
-            (start, end, adapter.kernel, weight)
-            for start, end, adapter, weight in segments
-            if adapter.kernel is not None
-        ]
+        given = kernel_segments(segments)
         if not given:
             return None
         assert self.kernels is not None, "bound for kernels that are not here"
         return self.kernels.Batch(given)
+
+
+def kernel_segments(segments: Sequence[Segment]) -> list[tuple[int, int, Any, float]]:
+    """Of adapters that the kernels know anything of, what the kernels' batch is made of."""
+    return [
+        (start, end, adapter.kernel, weight)
+        for start, end, adapter, weight in segments
+        if adapter.kernel is not None
+    ]
 
 
 class Part(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +34,13 @@ from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import PoolingParams
+from server.engine.step_graphs import CudaCapture, StepGraphs, unfit
 from server.errors import Conflict, ServerError
 from server.memory import (
     MemoryPlan,
     TooLittleMemory,
     base_bytes,
+    graph_bytes,
     make_memory_plan,
     workspace_bytes,
 )
@@ -76,11 +79,11 @@ def build_runtime(settings: Settings) -> Runtime:
     logger.info("base model %s from %s", folder.name, folder.path)
     activations = _activations(settings, device)
     loaded = load_model(folder.path, settings.quantization, device, activations)
+    if loaded.quantization != settings.quantization:
+        logger.info("the checkpoint is quantized, and keeps its %s codes", loaded.quantization)
     tokenizer = Tokenizer.from_folder(folder.path)
     name = settings.served_model_name or folder.name
     embedding = embedding_defaults(folder.path, loaded)
-    if loaded.quantization != settings.quantization:
-        logger.info("the checkpoint is quantized, and keeps its %s codes", loaded.quantization)
     runtime = assemble(settings, loaded, tokenizer, name, embedding)
     preload(runtime, folders)
     trim_malloc()  # what loading took for a time lies between what stays
@@ -234,9 +237,10 @@ def assemble(
         max_prefill_tokens=settings.max_prefill_tokens,
         whole=is_encoder,
     )
+    graphs = capture_steps(settings, loaded, pool, max_model_len)
     engine = Engine(
         scheduler,
-        ModelRunner(loaded, pool, cache.resident),
+        ModelRunner(loaded, pool, cache.resident, graphs),
         cache,
         Sampler(loaded.eos_token_ids, looks_between=loaded.device.type == "cpu"),
         tokenizer,
@@ -264,6 +268,7 @@ def assemble(
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
+            "cuda_graphs": graphs is not None,
             "vocab_size": vocab_size,
         },
     )
@@ -289,9 +294,52 @@ def memory_plan(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
             ),
             kv_memory=settings.kv_memory,
             is_loaded=True,
+            graphs=graph_bytes(
+                loaded.model.config.get_text_config(),
+                max_rows=max_graph_rows(settings),
+                max_model_len=settings.max_model_len or longest,
+                dtype=loaded.dtype,
+            )
+            if wants_graphs(settings, loaded.device) and unfit(loaded) is None
+            else 0,
         )
     except TooLittleMemory as exc:
         raise SetupError(str(exc)) from exc
+
+
+def wants_graphs(settings: Settings, device: torch.device) -> bool:
+    return settings.cuda_graphs and device.type == "cuda"
+
+
+def max_graph_rows(settings: Settings) -> int:
+    """Rows of the largest graph."""
+    return min(settings.cuda_graph_max_seqs or settings.max_num_seqs, settings.max_num_seqs)
+
+
+def capture_steps(
+    settings: Settings, loaded: LoadedModel, pool: KVPool, max_model_len: int
+) -> StepGraphs | None:
+    """The decode steps' graphs; None, and why in the log, where steps are computed eagerly."""
+    if not wants_graphs(settings, loaded.device):
+        return None
+    if reason := unfit(loaded):
+        logger.warning("no CUDA graphs: %s", reason)
+        return None
+    start = time.perf_counter()
+    try:
+        graphs = StepGraphs(
+            loaded,
+            pool,
+            CudaCapture(),
+            max_rows=max_graph_rows(settings),
+            max_model_len=max_model_len,
+        )
+    except Exception as exc:  # whatever a model does that cannot be captured
+        logger.warning("no CUDA graphs: the model's step cannot be captured: %s", exc)
+        return None
+    seconds = time.perf_counter() - start
+    logger.info("CUDA graphs of up to %s rows in %.1f s", graphs.num_rows[-1], seconds)
+    return graphs
 
 
 def dequantizes(device: torch.device) -> bool:

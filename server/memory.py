@@ -1,4 +1,4 @@
-"""What serving takes of a device's memory, by parts: base, KV cache, adapters, workspace.
+"""What serving takes of a device's memory, by parts: base, KV cache, adapters, workspace, graphs.
 
 Reckons with sizes alone. The workspace is what one step takes at most beside the pools, and is
 reckoned, not measured: activations of one layer, or the logits and what sampling makes of them.
@@ -23,6 +23,10 @@ _CPU_KV_MEMORY = 1 << 30
 #: noise; and sorted, with an index of eight bytes.
 _SAMPLED_LOGIT = 4 * 4 + 4 + 8
 
+#: Parts of a single row's context in attention, at most, where it is longer than so many positions.
+_ATTENTION_PARTS = 32
+_PART_POSITIONS = 256
+
 
 class TooLittleMemory(Exception):
     """The settings' pools do not fit; the message names the flags."""
@@ -43,19 +47,21 @@ class MemoryPlan:
     adapters: int
     workspace: int
     available: int | None
+    graphs: int = 0
 
     @property
     def total(self) -> int:
-        return self.base + self.kv_cache + self.adapters + self.workspace
+        return self.base + self.kv_cache + self.adapters + self.workspace + self.graphs
 
     @property
     def fits(self) -> bool:
         return self.available is None or self.total <= self.available
 
     def __str__(self) -> str:
+        graphs = f", graphs {mebibytes(self.graphs)}" if self.graphs else ""
         parts = (
             f"base {mebibytes(self.base)}, KV cache {mebibytes(self.kv_cache)}, "
-            f"adapters {mebibytes(self.adapters)}, workspace {mebibytes(self.workspace)}: "
+            f"adapters {mebibytes(self.adapters)}, workspace {mebibytes(self.workspace)}{graphs}: "
             f"{mebibytes(self.total)} on {self.device} when all pools are full"
         )
         return f"{parts}, of {'unknown' if self.available is None else mebibytes(self.available)}"
@@ -69,10 +75,12 @@ def make_memory_plan(
     workspace: int,
     kv_memory: int | None,
     is_loaded: bool,
+    graphs: int = 0,
 ) -> MemoryPlan:
     """Size the KV cache: `kv_memory`, or what is left on a GPU where that is None.
 
     Args:
+        graphs: what captured steps keep; see `graph_bytes`.
         is_loaded: is the base in the device's memory already?
 
     Raises:
@@ -86,16 +94,17 @@ def make_memory_plan(
         return MemoryPlan(device, base, kv_cache, adapters, workspace, room)
     assert room is not None
     counted = int(base + (room - base) * _GPU_SHARE)
-    left = counted - base - adapters - workspace
+    left = counted - base - adapters - workspace - graphs
     if left <= 0 or (kv_memory is not None and kv_memory > left):
         raise TooLittleMemory(
             f"--kv-memory {'auto' if kv_memory is None else mebibytes(kv_memory)}: of "
             f"{mebibytes(counted)} on {device} the base takes {mebibytes(base)}, --adapter-memory "
-            f"{mebibytes(adapters)} and a step's workspace {mebibytes(workspace)} "
-            f"(--max-num-batched-tokens), which leaves {mebibytes(max(left, 0))}"
+            f"{mebibytes(adapters)}, a step's workspace {mebibytes(workspace)} "
+            f"(--max-num-batched-tokens) and --cuda-graphs {mebibytes(graphs)}, "
+            f"which leaves {mebibytes(max(left, 0))}"
         )
     return MemoryPlan(
-        device, base, left if kv_memory is None else kv_memory, adapters, workspace, counted
+        device, base, left if kv_memory is None else kv_memory, adapters, workspace, counted, graphs
     )
 
 
@@ -141,6 +150,28 @@ def workspace_bytes(
     )  # all rows have logits where prompts are scored
     logits = config.vocab_size * (rows * dtype.itemsize + max_num_seqs * _SAMPLED_LOGIT)
     return max(layer * dtype.itemsize, logits)
+
+
+def graph_bytes(config: Any, *, max_rows: int, max_model_len: int, dtype: torch.dtype) -> int:
+    """What the captured steps keep for themselves: the largest step's activations, which all
+    graphs share. What the driver keeps for each launch of a graph is not reckoned.
+
+    Args:
+        config, max_model_len, dtype: as for `workspace_bytes`.
+        max_rows: of the largest graph.
+    """
+    step = workspace_bytes(
+        config,
+        max_num_batched_tokens=max_rows,
+        max_num_seqs=0,  # sampling is no part of a graph
+        max_model_len=0,
+        dtype=dtype,
+        dequantizes=True,
+    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Of attention in parts: sums of values and two numbers, for each head and part, in float32.
+    parts = max_rows * config.num_attention_heads * _ATTENTION_PARTS * (width + 2) * 4
+    return step + (parts if max_model_len > _PART_POSITIONS else 0)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -28,10 +28,13 @@ from server.build import (
     host_memory,
     kv_dtype_of,
     kv_room,
+    max_graph_rows,
+    wants_graphs,
 )
 from server.memory import (
     TooLittleMemory,
     free_memory,
+    graph_bytes,
     make_memory_plan,
     mebibytes,
     workspace_bytes,
@@ -72,15 +75,15 @@ def make_plan(settings: Settings) -> Plan:
     Raises:
         ModelSourceError: the model cannot be had.
         SetupError: a setting does not fit.
+        UnservableModel: the checkpoint is quantized in a way that is not served.
     """
     device = device_of(settings)
     preloaded = adapter_folders(settings)
     folder = resolve_model(settings.model)
-        UnservableModel: the checkpoint is quantized in a way that is not served.
     config = AutoConfig.from_pretrained(folder.path)
+    stored = kept_quantization(folder.path, config)
     is_encoder = not generates(config)
     config = config.get_text_config()
-    stored = kept_quantization(folder.path, config)
     computed = torch.float32 if device.type == "cpu" else torch.bfloat16
     if stored is None:
         base = _base_bytes(_weights(folder.path), settings.quantization, computed)
@@ -104,6 +107,14 @@ def make_plan(settings: Settings) -> Plan:
             ),
             kv_memory=settings.kv_memory,
             is_loaded=False,
+            graphs=graph_bytes(
+                config,
+                max_rows=max_graph_rows(settings),
+                max_model_len=max_len,
+                dtype=computed,
+            )
+            if wants_graphs(settings, device) and not is_encoder
+            else 0,
         )
     except TooLittleMemory as exc:
         raise SetupError(str(exc)) from exc

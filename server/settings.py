@@ -135,6 +135,17 @@ class Settings(BaseSettings):
         description="memory of the KV cache; auto, the default: on a GPU what base and adapters "
         "leave of it, else 1GiB",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="on a GPU, capture decode steps as CUDA graphs at start, where model and "
+        "kernels allow it",
+    )
+    cuda_graph_max_seqs: int | None = Field(
+        None,
+        gt=0,
+        description="most sequences of a captured step; by default max_num_seqs. Fewer take less "
+        "memory and time at start",
+    )
     adapter_memory: Size = Field(  # type: ignore[assignment]
         "512MiB", description="device memory that resident adapters share"
     )

@@ -46,6 +46,16 @@ class Recorder:
         self.engine.add(seq)
         return seq
 
+    def load(self, *names: str) -> None:
+        """Have adapters resident: what a step holds does not hang on the loader then."""
+        cache = self.engine.cache
+        for name in names:
+            with self.runtime.adapters.lease(name) as lease:
+                assert all(cache.prefetch(use.digest) for use in lease.uses)
+        while cache.is_loading:
+            time.sleep(0.001)
+            cache.poll()
+
     def run(self, num_steps: int = 2000) -> None:
         for _ in range(num_steps):
             if not self.engine.has_work:

@@ -16,6 +16,7 @@ from peftcore.packing import BoundAdapter
 from peftcore.upload import upload
 from server.engine.pooling import Pooler
 from server.engine.scheduler import Batch, Chunk
+from server.engine.step_graphs import StepGraphs
 from server.engine.step_inputs import StepInputs, chunk_rows, slots_of
 from server.models.context import ForwardContext, forward_context
 from server.models.kv_pool import KVPool
@@ -27,22 +28,34 @@ class ModelRunner:
 
     Args:
         resident: gives a pinned adapter's weights by digest.
+        graphs: compute the steps that they can; None where there are none.
     """
 
     def __init__(
-        self, loaded: LoadedModel, pool: KVPool, resident: Callable[[str], BoundAdapter]
+        self,
+        loaded: LoadedModel,
+        pool: KVPool,
+        resident: Callable[[str], BoundAdapter],
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.loaded = loaded
         self.pool = pool
         self.resident = resident
+        self.graphs = graphs
         self.pooler = Pooler(loaded, resident)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        """Compute the batch; logits `[rows, vocab]` of each chunk's last `num_outputs` rows.
+        """Compute the batch; logits `[rows, vocab]` of each chunk's last `num_outputs` rows, which
+        the next step may overwrite.
 
         Sequences that are pooled get their part into `Sequence.pooled`.
         """
+        adapters = self._adapter_batch(batch)
+        if self.graphs is not None:
+            replayed = self.graphs.execute(batch, adapters)
+            if replayed is not None:
+                return replayed
         self._write_prefixes(batch)
         hidden: Tensor | None
         rows = StepInputs.of(batch, self.pool.block_size, self.loaded.device)
@@ -53,7 +66,7 @@ class ModelRunner:
             causal=not self.loaded.is_encoder,
         )
         host = self.loaded.host
-        host.batch = self._adapter_batch(batch)
+        host.batch = adapters
         inputs = {"input_ids": rows.token_ids[None], "position_ids": rows.positions[None]}
         try:
             with forward_context(context):

@@ -20,6 +20,7 @@ from server.memory import (
     MemoryPlan,
     TooLittleMemory,
     base_bytes,
+    graph_bytes,
     make_memory_plan,
     workspace_bytes,
 )
@@ -66,6 +67,23 @@ def test_pools_that_a_gpu_has_no_room_for_are_refused() -> None:
         gpu_plan(is_loaded=True, kv_memory=601 * MIB)
     with pytest.raises(TooLittleMemory, match=r"--kv-memory auto: .*--adapter-memory 900 MiB"):
         gpu_plan(is_loaded=True, kv_memory=None, adapters=900 * MIB)
+
+
+@pytest.mark.usefixtures("free_gpu")
+def test_graphs_are_a_part_of_the_plan() -> None:
+    plan = make_memory_plan(
+        GPU, base=300 * MIB, adapters=200 * MIB, workspace=100 * MIB, kv_memory=None,
+        is_loaded=True, graphs=50 * MIB,
+    )  # fmt: skip
+    assert plan.kv_cache == int(1000 * MIB * 0.9) - 350 * MIB
+    assert plan.total == plan.available
+    assert "workspace 100 MiB, graphs 50 MiB: " in str(plan)
+    assert "graphs" not in str(gpu_plan(is_loaded=True, kv_memory=None))
+    with pytest.raises(TooLittleMemory, match="--cuda-graphs 600 MiB, which leaves 0 MiB"):
+        make_memory_plan(
+            GPU, base=300 * MIB, adapters=200 * MIB, workspace=100 * MIB, kv_memory=None,
+            is_loaded=True, graphs=600 * MIB,
+        )  # fmt: skip
 
 
 @pytest.mark.usefixtures("free_gpu")
@@ -138,6 +156,24 @@ class Peak(TorchDispatchMode):
 
 def _is(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 20000])
+def test_graphs_keep_about_what_transformers_takes(vocab_size: int) -> None:
+    """Of a step of single rows, whose context is short: attention is not in parts."""
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=vocab_size,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 64, (512, 1))
+    with torch.inference_mode(), Peak() as peak:
+        model(tokens, use_cache=False)
+    found = graph_bytes(config, max_rows=512, max_model_len=256, dtype=torch.float32)
+    weight = 256 * 1024 * 4  # that a quantized layer would make, and this one does not
+    assert 0.7 < (found - (weight if vocab_size == 64 else 0)) / peak.most < 1.6
+    longer = graph_bytes(config, max_rows=512, max_model_len=512, dtype=torch.float32)
+    assert longer - found == 512 * 8 * 32 * (32 + 2) * 4
 
 
 @pytest.mark.parametrize("vocab_size", [64, 20000])

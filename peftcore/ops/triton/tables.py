@@ -174,6 +174,10 @@ class Batch:
 
     Segments may overlap in any way; a row takes them in the order in which they are given.
 
+    Args:
+        may_scale_inputs: does a batch with a capacity take adapters that scale inputs? That costs
+            launches at every module.
+
     Attributes:
         segments, blocks, entries, items: int64 `[capacity, WIDTHS]`, views of one buffer.
         num_rows: rows that x must have.
@@ -184,8 +188,11 @@ class Batch:
         given: Given,
         capacity: Capacity | None = None,
         device: torch.device | str | None = None,
+        *,
+        may_scale_inputs: bool = True,
     ) -> None:
         self.static = capacity is not None
+        self._may_scale_inputs = may_scale_inputs
         lists = _lists(given)
         self.capacity = capacity or Capacity(*map(len, lists))
         if device is None:
@@ -201,14 +208,29 @@ class Batch:
     def update_(self, given: Given) -> None:
         """Make it the batch of these segments, in one copy that is ordered with the launches.
 
-        Raises ValueError if they do not fit the capacity.
+        Raises ValueError if it does not hold them.
         """
         self._write(given, _lists(given))
 
-    def _write(self, given: Given, lists: list[np.ndarray]) -> None:
+    def offer_(self, given: Given) -> bool:
+        """`update_`, if it holds them; else nothing is changed."""
+        lists = _lists(given)
+        if self._refusal(given, lists) is not None:
+            return False
+        self._write(given, lists)
+        return True
+
+    def _refusal(self, given: Given, lists: list[np.ndarray]) -> str | None:
         used = Capacity(*map(len, lists))
         if not self.capacity.holds(used):
-            raise ValueError(f"{used} does not fit {self.capacity}")
+            return f"{used} does not fit {self.capacity}"
+        if not self._may_scale_inputs and any(a.bound.sites.scaling for _, _, a, _ in given):
+            return "an adapter scales inputs"
+        return None
+
+    def _write(self, given: Given, lists: list[np.ndarray]) -> None:
+        if reason := self._refusal(given, lists):
+            raise ValueError(reason)
         buffer = staging(len(self._buffer), torch.int64, self._buffer.device)
         host, start = buffer.numpy(), 0
         host[:] = 0
@@ -235,7 +257,7 @@ class Batch:
 
     def scales(self, id: int) -> bool:
         """Is there a row whose input it scales at the module?"""
-        return self.static or id in self._scaling
+        return (self.static and self._may_scale_inputs) or id in self._scaling
 
     def check(self, id: int, in_: int, out: int | None, num_rows: int) -> None:
         """Raises ValueError unless its adapters fit a module of these sizes, and x has its rows."""

@@ -236,6 +236,24 @@ def test_a_static_batch_becomes_another_steps(world: World) -> None:
         batch.update_(world.given([Rows(0, 65, ats[0])]))
 
 
+def test_a_static_batch_takes_an_offer_or_stays_as_it_is(world: World) -> None:
+    """One that scales no inputs has no launches for it, and takes no adapter that does."""
+    plain, scaling = {0: At.make(24, 16, 3)}, {0: At.make(24, 16, 3, vectors="i")}
+    capacity = world.ops.Capacity(segments=2, blocks=2, entries=2, items=2)
+    batch = world.ops.Batch([], capacity, world.device, may_scale_inputs=False)
+    assert batch.acts(0)
+    assert not batch.scales(0)
+    x, y = randn(40, 24), randn(40, 16, seed=1)
+    taken = [Rows(3, 9, plain)]
+    assert batch.offer_(world.given(taken))
+    for refused in ([Rows(0, 40, plain)], [Rows(0, 2, scaling)]):
+        assert not batch.offer_(world.given(refused))
+        (found,) = world.add([y], x, [0], batch)
+        torch.testing.assert_close(found.double(), adapted(y, x, 0, taken), atol=1e-4, rtol=1e-5)
+    with pytest.raises(ValueError, match="an adapter scales inputs"):
+        batch.update_(world.given([Rows(0, 2, scaling)]))
+
+
 def test_what_touches_nothing_changes_nothing(world: World) -> None:
     at = {1: At.make(8, 4, 2)}
     batch = world.batch([Rows(0, 3, at), Rows(3, 3, {2: At.make(8, 4, 2, vectors="i")})])
