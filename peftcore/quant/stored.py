@@ -76,7 +76,8 @@ def _adopted(path: str, layer: Any) -> QuantLinear:
     """`layer` is one of `linear_layers()`."""
     shape = (layer.out_features, layer.in_features)
     bias = None if layer.bias is None else layer.bias.data
-    if not isinstance(layer, linear_layers()[0]):
+    has_4_bits = isinstance(layer, linear_layers()[0])
+    if not has_4_bits:
         if layer.weight.dtype != torch.int8:
             raise UnsupportedError(path, f"its weight is {layer.weight.dtype}, not int8 codes")
         scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
