@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     PreTrainedModel,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
     get_scheduler,
 )
 
@@ -34,7 +28,6 @@ from peftcore import (
     PeftModel,
     PromptEncoderConfig,
     PromptTuningConfig,
-    UnsupportedError,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -42,7 +35,6 @@ from peftcore.quant import quantize_model
 from peftcore.train import joint
 from peftcore.train.job import JobRun
 from peftcore.train.joint import Job, JointTrainer, Progress
-from peftcore.train.packed import Sample, computing, logits_of, pack
 from tests import tiny
 from tests.peftcore.worlds import quiet
 
@@ -562,81 +554,3 @@ def test_over_bitsandbytes_four_bits(tmp_path: Path) -> None:
             reference = peft.get_peft_model(load(), theirs[one.adapter_name])
             expected = alone(reference, one, one.dataset)  # type: ignore[arg-type]
         assert trainer.progress[one.adapter_name].losses == pytest.approx(expected, abs=1e-4)
-
-
-def gemma2() -> PreTrainedModel:
-    """Soft caps and sliding windows."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=300,
-        sliding_window=4,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=5.0,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return Gemma2ForCausalLM(config).eval()
-
-
-def gpt_oss() -> PreTrainedModel:
-    """Attention sinks and sliding windows."""
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=300,
-        sliding_window=4,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return GptOssForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize(
-    "make", [tiny.llama, tiny.gpt2, tiny.gemma3, gemma2, gpt_oss], ids=lambda f: f.__name__
-)
-def test_packed_rows_are_what_each_sequence_is_alone(make: Callable[[], PreTrainedModel]) -> None:
-    model = adapted(make(), {"a": PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM")})
-    base = model.get_base_model()
-    ids = [r["input_ids"] for r in rows_of(3, 5)] + [torch.randint(0, 256, (40,))]
-    with torch.no_grad(), model.disable_adapter():
-        batch = pack(model, [("z", Sample(i, i)) for i in ids], [None] * len(ids))
-        with computing(model, batch):
-            got = logits_of(model, batch)
-        expected = [base(input_ids=i[None]).logits[0, :-1] for i in ids]
-    torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
-    assert base.config._attn_implementation in ("sdpa", "eager")
-
-
-def recurrent_gemma() -> PreTrainedModel:
-    config = RecurrentGemmaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=300,
-        lru_width=32,
-    )  # fmt: skip
-    return RecurrentGemmaForCausalLM(config)
-
-
-@pytest.mark.parametrize("make", [tiny.bert, recurrent_gemma], ids=["bert", "recurrent-gemma"])
-def test_bases_whose_rows_mix_are_refused(make: Callable[[], PreTrainedModel]) -> None:
-    torch.manual_seed(0)
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    with quiet():
-        model = get_peft_model(make(), config)
-        with pytest.raises(UnsupportedError, match="model"):
-            JointTrainer(model)
