@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,24 +23,21 @@ from peftcore.train.packed import Sample, computing, logits_of, pack
 from tests import tiny
 from tests.peftcore.worlds import quiet
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "sliding_window": 4,
+    "initializer_range": 0.3, "attn_implementation": "eager",
+}  # fmt: skip
+
 
 def gemma2() -> PreTrainedModel:
     """Soft caps and sliding windows."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=300,
-        sliding_window=4,
+        **SIZES,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=5.0,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )  # fmt: skip
+    )
     return Gemma2ForCausalLM(config).eval()
 
 
@@ -47,19 +45,10 @@ def gpt_oss() -> PreTrainedModel:
     """Attention sinks and sliding windows."""
     torch.manual_seed(0)
     config = GptOssConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=300,
-        sliding_window=4,
+        **SIZES,
         num_local_experts=2,
         num_experts_per_tok=1,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )  # fmt: skip
+    )
     return GptOssForCausalLM(config).eval()
 
 
