@@ -15,7 +15,9 @@ using namespace polypeft;
 namespace {
 
 constexpr const char* kCapability =
-#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+    "AVX512_AMX";
+#elif defined(__AVX512VNNI__)
     "AVX512_VNNI";
 #elif defined(__AVX512F__)
     "AVX512";

@@ -38,6 +38,7 @@ _SOURCES = (
     "optimizer.cpp",
     "matmul_float.cpp",
     "matmul_integer.cpp",
+    "matmul_amx.cpp",
     "attention.cpp",
     "elementwise.cpp",
 )
@@ -53,8 +54,10 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
     *("-mprefer-vector-width=512", "-ffp-contract=off"),
 )
+_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
 _FLAGS = {
-    "AVX512_VNNI": (*_AVX512, "-mavx512vnni"),
+    "AVX512_AMX": (*_AVX512_VNNI, "-mamx-tile", "-mamx-int8"),
+    "AVX512_VNNI": _AVX512_VNNI,
     "AVX512": _AVX512,
     "AVX2_VNNI": (*_AVX2, "-mavxvnni"),
     "AVX2": _AVX2,
@@ -63,8 +66,10 @@ _FLAGS = {
 #: What a CPU must have to run what each was compiled to, by torch's names.
 _AVX2_NEEDS = ("avx2", "fma3", "f16c")
 _AVX512_NEEDS = (*_AVX2_NEEDS, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_AVX512_VNNI_NEEDS = (*_AVX512_NEEDS, "avx512_vnni")
 _NEEDS = {
-    "AVX512_VNNI": (*_AVX512_NEEDS, "avx512_vnni"),
+    "AVX512_AMX": (*_AVX512_VNNI_NEEDS, "amx_tile", "amx_int8"),
+    "AVX512_VNNI": _AVX512_VNNI_NEEDS,
     "AVX512": _AVX512_NEEDS,
     "AVX2_VNNI": (*_AVX2_NEEDS, "avx_vnni"),
     "AVX2": _AVX2_NEEDS,
@@ -94,7 +99,7 @@ def capability() -> str:
             )
         return asked
     found = torch.backends.cpu.get_cpu_capability()
-    for name in (f"{found}_VNNI", found):
+    for name in (f"{found}_AMX", f"{found}_VNNI", found):
         if name in _FLAGS and not _missing(name):
             return name
     return "PORTABLE"

@@ -85,9 +85,10 @@ class BaseTasks {
     }
     if (float_memory.size() < static_cast<size_t>(num_transposed))
       float_memory.resize(num_transposed);
-    if (byte_memory.size() < static_cast<size_t>(num_rounded)) byte_memory.resize(num_rounded);
+    if (byte_memory.size() < static_cast<size_t>(num_rounded) + kQuadBytes)
+      byte_memory.resize(num_rounded + kQuadBytes);
     float* floats = float_memory.data();
-    char* bytes = byte_memory.data();
+    char* bytes = aligned(byte_memory.data());
     for (size_t m = 0; m < modules_.size(); ++m) {
       const Weight* w = modules_[m].weight;
       if (!w) continue;

@@ -17,12 +17,13 @@ bool is_tall(int64_t rows);
 void multiply_float(const float* x, int64_t rows, bool tall, const Weight& weight, int64_t tile,
                     int64_t end, int64_t ahead, float* y);
 
-// Rows rounded to whole numbers of `bits`: x ≈ step · code, a step for each `group` inputs.
+// Rows rounded to whole numbers of `bits`: x ≈ step · code, a step for each `group` inputs. There is
+// room for a multiple of sixteen rows.
 struct Rounded {
   int bits;                // 8, or 16 as two bytes: code = 256 · high + low
   int64_t group, groups;   // inputs of a step; steps of a row
   int64_t stride;          // bytes of a row's codes
-  int8_t* low;             // [rows][stride], zeros after the last input
+  int8_t* low;             // [rows][stride]
   int8_t* high;            // the same; unused where bits is 8
   float* steps;            // [rows][groups]; NaN where an input was not finite
   int32_t* corrections;    // [rows][groups], 128 · the sum of a group's codes
@@ -39,5 +40,10 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 // eight bits. y: of the first row.
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& weight,
                       int64_t tile, int64_t end, int64_t ahead, float* y);
+
+// The same by AMX's tiles, to the bit, where this CPU has them and they are the faster way; false,
+// and nothing is done, where not.
+bool multiply_amx(const Rounded& x, int64_t row, int64_t rows, const Weight& weight, int64_t tile,
+                  int64_t end, int64_t ahead, float* y);
 
 }  // namespace polypeft

@@ -16,6 +16,7 @@ constexpr int64_t kGroup = 128;        // inputs of an int8 weight's step
 int64_t group_of(const Weight& w) { return w.nf4 ? w.group : kGroup; }
 int64_t groups_of(const Weight& w) { return (w.in + group_of(w) - 1) / group_of(w); }
 int64_t stride_of(const Weight& w) { return (w.in + 63) / 64 * 64; }
+int64_t whole(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 // The weights of one register tile's tiles, read once for all rows: [quads][NT][64].
 struct Panel {
@@ -69,7 +70,6 @@ inline void sum_group(const Tiles& tiles, const Rounded& x, int64_t row, int64_t
 template <int MR, int NT, int Bytes, class Tiles>
 void multiply(const Tiles& tiles, const Rounded& x, int64_t row, const Weight& w, int64_t tile,
               float* y) {
-  const F16 unit = F16::set1(1.f / 127.f);  // of the rounded table
   F16 sums[MR][NT];
   unrolled<MR>([&](auto r) {
     unrolled<NT>([&](auto t) { sums[r][t] = F16::zero(); });
@@ -80,7 +80,7 @@ void multiply(const Tiles& tiles, const Rounded& x, int64_t row, const Weight& w
     sum_group<MR, NT, Bytes>(tiles, x, row, tile, from, to, of_group);
     F16 scale[NT];
     unrolled<NT>([&](auto t) {
-      if (w.nf4) scale[t] = F16::load(w.scales + ((tile + t) * x.groups + g) * kLanes) * unit;
+      if (w.nf4) scale[t] = nf4_scale(w, tile + t, g);
     });
     unrolled<MR>([&](auto r) {
       const int64_t at = (row + r) * x.groups + g;
@@ -94,18 +94,8 @@ void multiply(const Tiles& tiles, const Rounded& x, int64_t row, const Weight& w
     });
   }
   for (int t = 0; t < NT; ++t) {
-    const int64_t column = (tile + t) * kLanes;
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, w.out - column));
-    F16 scale, bias;
-    if (!w.nf4) scale = F16::load(w.scales + column);
-    if (w.bias) bias = F16::load_n(w.bias + column, n);
-    for (int r = 0; r < MR; ++r) {
-      F16 value = sums[r][t];
-      if (!w.nf4) value = value * scale;
-      if (w.bias) value = value + bias;
-      float* at = y + r * w.out + column;
-      n == kLanes ? value.store(at) : value.store_n(at, n);
-    }
+    const Last last(w, tile + t);
+    for (int r = 0; r < MR; ++r) last.store(sums[r][t], y + r * w.out);
   }
 }
 
@@ -153,13 +143,14 @@ F16 load_part(const float* p, int n) { return n == kLanes ? F16::load(p) : F16::
 }  // namespace
 
 int64_t rounded_bytes(const Weight& w, int64_t rows) {
-  const int64_t codes = rows * stride_of(w) * (w.activation_bits / 8);
-  return codes + rows * groups_of(w) * (sizeof(float) + sizeof(int32_t));
+  const int64_t codes = stride_of(w) * (w.activation_bits / 8);
+  return whole(rows) * (codes + groups_of(w) * (sizeof(float) + sizeof(int32_t)));
 }
 
 Rounded lay_out(const Weight& w, int64_t rows, char* memory) {
   Rounded r{w.activation_bits, group_of(w), groups_of(w), stride_of(w), nullptr, nullptr, nullptr,
             nullptr};
+  rows = whole(rows);
   r.low = reinterpret_cast<int8_t*>(memory);
   r.high = r.low + (r.bits == 16 ? rows * r.stride : 0);
   r.steps = reinterpret_cast<float*>(r.high + rows * r.stride);
@@ -207,6 +198,7 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
                       int64_t end, int64_t ahead, float* y) {
+  if (multiply_amx(x, row, rows, w, tile, end, ahead, y)) return;
   const auto run = [&](const auto& tiles) {
     if (x.bits == 16)
       blocks<2>(tiles, x, row, rows, w, tile, end, y);

@@ -74,12 +74,17 @@ void for_each_task(int64_t count, bool parallel, const Task& task) {
   run_phases({{count, std::cref(task)}}, parallel);
 }
 
+// The next address that begins a cache line.
+template <class T>
+T* aligned(T* p) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kQuadBytes - 1) & -uintptr_t{kQuadBytes});
+}
+
 // This thread's scratch memory of at least `count` floats; its contents belong to one task.
 inline float* scratch(size_t count) {
   thread_local std::vector<float> memory;
   if (memory.size() < count + kLanes) memory.resize(count + kLanes);
-  auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (-address / sizeof(float)) % kLanes;
+  return aligned(memory.data());
 }
 
 }  // namespace polypeft

@@ -375,6 +375,7 @@ struct I16 {
   __m512i v;
   static I16 zero() { return {_mm512_setzero_si512()}; }
   static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
@@ -389,6 +390,9 @@ struct Quads {
   }
   static Quads load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
   void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
+  void store_unbiased(int8_t* p) const {
+    _mm512_storeu_si512(p, _mm512_xor_si512(v, _mm512_set1_epi8(-128)));
+  }
 };
 
 // a + Σ (quad's bytes + 128) · the four signed bytes in each lane of x.

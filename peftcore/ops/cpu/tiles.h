@@ -135,4 +135,29 @@ struct Nf4Tiles {
   }
 };
 
+// The scales of an nf4 weight's tile for one group of inputs, where its codes are `kNf4Rounded`.
+inline F16 nf4_scale(const Weight& w, int64_t tile, int64_t g) {
+  return F16::load(w.scales + (tile * (w.in / w.group) + g) * kLanes) * F16::set1(1.f / 127.f);
+}
+
+// What is left to do with a tile's sums: an int8 weight's scales, the bias, fewer than sixteen.
+struct Last {
+  int64_t column;
+  int n;
+  bool has_scale, has_bias;
+  F16 scale, bias;
+
+  Last(const Weight& w, int64_t tile)
+      : column(tile * kLanes), n(static_cast<int>(std::min<int64_t>(kLanes, w.out - column))),
+        has_scale(!w.nf4), has_bias(w.bias) {
+    if (has_scale) scale = F16::load(w.scales + column);
+    if (has_bias) bias = F16::load_n(w.bias + column, n);
+  }
+  void store(F16 sum, float* row) const {
+    if (has_scale) sum = sum * scale;
+    if (has_bias) sum = sum + bias;
+    n == kLanes ? sum.store(row + column) : sum.store_n(row + column, n);
+  }
+};
+
 }  // namespace polypeft
