@@ -357,7 +357,7 @@ def fast_activations() -> Activations:
     bytes, faster than floats; others do not.
     """
     found = kernels()
-    return "int16" if found is not None and found.CAPABILITY.endswith("VNNI") else "float"
+    return "int16" if found is not None and found.BYTE_DOTS else "float"
 
 
 def round_activations(model: nn.Module, activations: Activations) -> None:

@@ -59,7 +59,7 @@ def test_activations_are_rounded_only_beside_codes(model_folder: Path, tmp_path:
 
 
 def test_auto_is_a_form_that_this_cpu_multiplies_fast() -> None:
-    fast = kernels() is not None and kernels().CAPABILITY.endswith("VNNI")
+    fast = kernels() is not None and kernels().CAPABILITY.endswith(("VNNI", "AMX"))
     assert fast_activations() == ("int16" if fast else "float")
 
 

@@ -30,8 +30,14 @@ void dots(const float* x, int64_t in, const T* a, float factor, float* shrunk, i
       for (int r = 0; r < R; ++r)
         acc[r][j] = fma(F16::load_n(x + r * in + k, left), factors, acc[r][j]);
     }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) shrunk[r * rank + j] = factor * sum(acc[r][j]);
+  if constexpr (R * J == kLanes) {
+    alignas(64) float sums[R][J];
+    (F16::set1(factor) * sum_each(&acc[0][0])).store(&sums[0][0]);
+    for (int r = 0; r < R; ++r) std::memcpy(shrunk + r * rank, sums[r], sizeof(sums[r]));
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < J; ++j) shrunk[r * rank + j] = factor * sum(acc[r][j]);
+  }
 }
 
 // y[r] += B shrunk[r] for R rows, one tile.
@@ -76,38 +82,47 @@ void shrink(const Active& s, int64_t from, int64_t to, float* shrunk, Ahead& ahe
   const int64_t rank = s.at->rank, in = s.module->in;
   const float factor = s.weight * s.at->scale;
   int64_t r = from;
-  const auto rows = [&](auto count) {
-    constexpr int R = decltype(count)::value;
+  const auto rows = [&](auto num_rows, auto num_ranks) {
+    constexpr int R = decltype(num_rows)::value, J = decltype(num_ranks)::value;
     for (; r + R <= to; r += R) {
       const float* row = s.x + (s.start + r) * in;
       float* out = shrunk + (r - from) * rank;
       int64_t j = 0;
-      for (; j + 4 <= rank; j += 4) {
-        dots<R, 4>(row, in, a + j * in, factor, out + j, rank);
-        Ahead::some(ahead.a, ahead.a_end, 4 * in * sizeof(T));
+      for (; j + J <= rank; j += J) {
+        dots<R, J>(row, in, a + j * in, factor, out + j, rank);
+        Ahead::some(ahead.a, ahead.a_end, J * in * sizeof(T));
       }
       for (; j < rank; ++j) dots<R, 1>(row, in, a + j * in, factor, out + j, rank);
     }
   };
 #if defined(__AVX512F__)
-  rows(Int<4>());
+  rows(Int<4>(), Int<4>());
+  if (rank % kLanes == 0) rows(Int<1>(), Int<kLanes>());
 #endif
-  rows(Int<1>());
+  rows(Int<1>(), Int<4>());
 }
 
-// y[r] += B shrunk[r] for the segment's rows [from, to).
+// y[r] += B shrunk[r] for the segment's rows [from, to): a few at a time, whose outputs lie one after
+// another.
 template <class T>
 void expand(const Active& s, int64_t from, int64_t to, const float* shrunk, Ahead& ahead) {
   const int64_t rank = s.at->rank, out = s.module->out;
-  for (int64_t column = 0; column < out; column += kLanes) {
-    const T* b = static_cast<const T*>(s.at->b) + column * rank;
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, out - column));
-    float* y = s.module->y + (s.start + from) * out + column;
-    int64_t r = 0;
-    for (; r + 8 <= to - from; r += 8) expand<8>(shrunk + r * rank, rank, b, y + r * out, out, n);
-    for (; r < to - from; ++r) expand<1>(shrunk + r * rank, rank, b, y + r * out, out, n);
-    Ahead::some(ahead.b, ahead.b_end, rank * kLanes * sizeof(T));
-  }
+  int64_t r = from;
+  const auto rows = [&](auto num_rows) {
+    constexpr int R = decltype(num_rows)::value;
+    for (; r + R <= to; r += R) {
+      const T* b = static_cast<const T*>(s.at->b);
+      float* y = s.module->y + (s.start + r) * out;
+      for (int64_t column = 0; column < out; column += kLanes, b += rank * kLanes) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes, out - column));
+        expand<R>(shrunk + (r - from) * rank, rank, b, y + column, out, n);
+        Ahead::some(ahead.b, ahead.b_end, rank * kLanes * sizeof(T));
+      }
+    }
+  };
+  rows(Int<8>());
+  rows(Int<2>());
+  rows(Int<1>());
 }
 
 template <class T>

@@ -324,6 +324,11 @@ void py_gate(const Tensor& gates, const Tensor& up, const std::string& activatio
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.attr("CAPABILITY") = kCapability;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  m.attr("BYTE_DOTS") = true;  // instructions for dot products of bytes
+#else
+  m.attr("BYTE_DOTS") = false;
+#endif
   py::class_<PyWeight, std::shared_ptr<PyWeight>>(m, "Weight")
       .def(py::init<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int>(),
            py::arg("codes"), py::arg("scales"), py::arg("bias"), py::arg("out"), py::arg("in_"),

@@ -298,6 +298,23 @@ struct Table16 {
 // One order for every machine: halves, quarters, pairs.
 #if defined(__AVX512F__)
 inline float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+// Lane i: `sum` of a[i], to the bit, for all sixteen at once.
+inline F16 sum_each(const F16* a) {
+  const auto halves = [&](int i, int j) {
+    const __m512 x = a[i].v, y = a[j].v;
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  };
+  const auto quarters = [&](int i) {  // of a[i], a[i + 4], a[i + 8], a[i + 12], one beside another
+    const __m512 x = halves(i, i + 4), y = halves(i + 8, i + 12);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  const auto pairs = [&](int i) {
+    const __m512 x = quarters(i), y = quarters(i + 1);
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+  };
+  const __m512 x = pairs(0), y = pairs(2);
+  return {_mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd))};
+}
 inline float max_lane(F16 a) { return _mm512_reduce_max_ps(a.v); }
 #else
 inline float sum(F16 a) {
@@ -306,6 +323,11 @@ inline float sum(F16 a) {
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
+}
+inline F16 sum_each(const F16* a) {
+  float sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum(a[i]);
+  return F16::load(sums);
 }
 inline float max_lane(F16 a) {
   alignas(64) float x[kLanes];

@@ -44,7 +44,7 @@ def test_an_unknown_capability() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
         f"torch: {CAPABILITY_VARIABLE}=MMX: expected one of "
-        "AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, PORTABLE"
+        "AVX512_AMX, AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, PORTABLE"
     )
     assert "torch computes in the kernels' place" in done.stderr
 
@@ -52,8 +52,11 @@ def test_an_unknown_capability() -> None:
 def test_no_cpu_gets_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     avx2 = {"avx2": True, "fma3": True, "f16c": True}
     avx512 = avx2 | {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl")}
+    vnni = avx512 | {"avx512_vnni": True}
     for level, has, best in (
-        ("AVX512", avx512 | {"avx512_vnni": True}, "AVX512_VNNI"),
+        ("AVX512", vnni | {"amx_tile": True, "amx_int8": True}, "AVX512_AMX"),
+        ("AVX512", vnni | {"amx_tile": True}, "AVX512_VNNI"),
+        ("AVX512", vnni, "AVX512_VNNI"),
         ("AVX512", avx512, "AVX512"),
         ("AVX2", avx2 | {"avx_vnni": True}, "AVX2_VNNI"),
         ("AVX2", avx2, "AVX2"),
@@ -90,10 +93,11 @@ def test_no_compiler(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["AVX512", "AVX2_VNNI", "AVX2", "PORTABLE"])
+@pytest.mark.parametrize("capability", ["AVX512_VNNI", "AVX512", "AVX2_VNNI", "AVX2", "PORTABLE"])
 def test_another_capability(capability: str) -> None:
     """All tests of this folder; the first time this compiles for a minute."""
-    needed = {"AVX512": "avx512bw", "AVX2_VNNI": "avx_vnni", "AVX2": "avx2"}.get(capability, "")
+    flags = {"AVX512_VNNI": "avx512_vnni", "AVX512": "avx512bw", "AVX2_VNNI": "avx_vnni"}
+    needed = flags.get(capability, "avx2" if capability == "AVX2" else "")
     if needed not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this machine has no {capability}")
     files = [str(p) for p in sorted(FOLDER.glob("test_*.py")) if p.name != Path(__file__).name]
