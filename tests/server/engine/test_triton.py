@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,18 @@ def test_all_methods_in_one_batch(tmp_path: Path) -> None:
     assert max(len({c.seq.cache_seed for c in b.chunks}) for b in recorder.batches) >= 10
     runtime.check_integrity()
     runtime.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_the_tests_of_parity(architecture: str) -> None:
+    """The same file that the CPU's kernels pass: chunked prompts, cached prefixes, 25 adapters."""
+    file = Path(__file__).with_name("test_parity.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file),
+         "-k", architecture],
+        cwd=Path(__file__).parents[3], env=os.environ | {VARIABLE: "triton"}, timeout=7200,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "3 passed" in done.stdout
