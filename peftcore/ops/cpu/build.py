@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -101,7 +102,9 @@ def capability() -> str:
     found = torch.backends.cpu.get_cpu_capability()
     for name in (f"{found}_AMX", f"{found}_VNNI", found):
         if name in _FLAGS and not _missing(name):
-            return name
+            flags = _flags(name)
+            if _built(flags) is not None or not _refused(flags):
+                return name
     return "PORTABLE"
 
 
@@ -123,10 +126,7 @@ def load() -> ModuleType:
         KernelsUnavailable: there is no compiler, or it fails, or the cache cannot be written.
     """
     flags = _flags(capability())
-    ahead = os.environ.get(AHEAD_VARIABLE)
-    library = Path(ahead) / _key(flags) / f"{_NAME}.so" if ahead else None
-    if library is None or not library.is_file():
-        library = _compiled(flags)
+    library = _built(flags) or _compiled(flags)
     try:
         return _import(library)
     except ImportError as exc:
@@ -154,6 +154,26 @@ def build_ahead(folder: Path, names: Sequence[str]) -> None:
 
 def _flags(name: str) -> tuple[str, ...]:
     return (*_COMMON, *_FLAGS[name])
+
+
+def _built(flags: tuple[str, ...]) -> Path | None:
+    """The library, where it is there already."""
+    ahead = os.environ.get(AHEAD_VARIABLE)
+    places = [_place(flags)]
+    if ahead:
+        places.insert(0, Path(ahead) / _key(flags) / f"{_NAME}.so")
+    return next((place for place in places if place.is_file()), None)
+
+
+def _refused(flags: tuple[str, ...]) -> bool:
+    """Is there a compiler that does not know the flags, being older than the CPU?"""
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = [get_cxx_compiler(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _compiled(flags: tuple[str, ...]) -> Path:

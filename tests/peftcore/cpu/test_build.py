@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftcore.ops.cpu import build
 from peftcore.ops.cpu.build import CAPABILITY_VARIABLE, KernelsUnavailable, capability, load
 
 FOLDER = Path(__file__).parent
@@ -71,6 +72,28 @@ def test_no_cpu_gets_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setenv(CAPABILITY_VARIABLE, "AVX512")
             with pytest.raises(KernelsUnavailable, match=r"this CPU has no .*avx512_f"):
                 capability()
+
+
+def test_a_compiler_older_than_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it does not know is not asked of it; kernels that are built already are used."""
+    has = {"avx2": True, "fma3": True, "f16c": True, "amx_tile": True, "amx_int8": True}
+    has |= {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl", "vnni")}
+    monkeypatch.delenv(CAPABILITY_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx-*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert capability() == "AVX512_VNNI"
+    library = build._place(build._flags("AVX512_AMX"))
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert capability() == "AVX512_AMX"
+    library.unlink()
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert capability() == "AVX512_AMX"
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
