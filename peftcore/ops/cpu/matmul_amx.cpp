@@ -160,13 +160,9 @@ bool multiply_amx(const Rounded& x, int64_t row, int64_t rows, const Weight& w, 
                   int64_t end, int64_t ahead, float* y) {
   static const bool have_registers = ask_for_registers();
   if (!have_registers || rows < kFewestRows || (x.groups > 1 && x.group % kDepth)) return false;
-  const auto run = [&](const auto& tiles) {
-    if (x.bits == 16)
-      blocks<2>(tiles, x, row, rows, w, tile, end, y);
-    else
-      blocks<1>(tiles, x, row, rows, w, tile, end, y);
-  };
-  w.nf4 ? run(Nf4Tiles(w, ahead)) : run(Int8Tiles(w, ahead));
+  with_integers(w, ahead, [&](const auto& tiles, auto bytes) {
+    blocks<decltype(bytes)::value>(tiles, x, row, rows, w, tile, end, y);
+  });
   return true;
 }
 

@@ -199,13 +199,9 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
                       int64_t end, int64_t ahead, float* y) {
   if (multiply_amx(x, row, rows, w, tile, end, ahead, y)) return;
-  const auto run = [&](const auto& tiles) {
-    if (x.bits == 16)
-      blocks<2>(tiles, x, row, rows, w, tile, end, y);
-    else
-      blocks<1>(tiles, x, row, rows, w, tile, end, y);
-  };
-  w.nf4 ? run(Nf4Tiles(w, ahead)) : run(Int8Tiles(w, ahead));
+  with_integers(w, ahead, [&](const auto& tiles, auto bytes) {
+    blocks<decltype(bytes)::value>(tiles, x, row, rows, w, tile, end, y);
+  });
 }
 
 }  // namespace polypeft

@@ -135,6 +135,15 @@ struct Nf4Tiles {
   }
 };
 
+// use(tiles, Int<bytes>()): a weight's tiles, and the bytes of its inputs' codes.
+template <class Use>
+void with_integers(const Weight& w, int64_t ahead, const Use& use) {
+  const auto run = [&](const auto& tiles) {
+    w.activation_bits == 16 ? use(tiles, Int<2>()) : use(tiles, Int<1>());
+  };
+  w.nf4 ? run(Nf4Tiles(w, ahead)) : run(Int8Tiles(w, ahead));
+}
+
 // The scales of an nf4 weight's tile for one group of inputs, where its codes are `kNf4Rounded`.
 inline F16 nf4_scale(const Weight& w, int64_t tile, int64_t g) {
   return F16::load(w.scales + (tile * (w.in / w.group) + g) * kLanes) * F16::set1(1.f / 127.f);
