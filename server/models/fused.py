@@ -57,7 +57,7 @@ class FusedAttention(nn.Module):
         if self.has_head_norms:
             q, k = self.get_submodule("q_norm")(q), self.get_submodule("k_norm")(k)
         out = attend(self.layer_idx, q, k, v, self.scores, position_embeddings)
-        return self.o_proj(out.flatten(2)), None
+        return linears((self.o_proj,), out.flatten(2))[0], None
 
 
 class FusedGatedMLP(nn.Module):
@@ -78,8 +78,7 @@ class FusedGatedMLP(nn.Module):
         """x: `[1, rows, hidden]`; returns the same."""
         gate, up = linears((self.gate_proj, self.up_proj), x)
         kernels().gate_(gate, up, self.activation)
-        down: Tensor = self.down_proj(gate)
-        return down
+        return linears((self.down_proj,), gate)[0]
 
 
 class FusedRMSNorm(nn.Module):
