@@ -266,7 +266,6 @@ inline F16 operator+(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] + b.v[i]); }
 inline F16 operator-(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] - b.v[i]); }
 inline F16 operator*(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] * b.v[i]); }
 inline F16 operator/(F16 a, F16 b) { POLYPEFT_EACH(a.v[i] / b.v[i]); }
-inline F16 sqrt(F16 a) { POLYPEFT_EACH(std::sqrt(a.v[i])); }
 inline F16 fma(F16 a, F16 b, F16 c) { POLYPEFT_EACH(a.v[i] * b.v[i] + c.v[i]); }
 #undef POLYPEFT_EACH
 inline F16 max(F16 a, F16 b) {
@@ -274,6 +273,9 @@ inline F16 max(F16 a, F16 b) {
 }
 inline F16 min(F16 a, F16 b) {
   return each(a, b, [](float x, float y) { return x < y ? x : y; });
+}
+inline F16 sqrt(F16 a) {
+  return each(a, a, [](float x, float) { return std::sqrt(x); });
 }
 inline F16 round(F16 a) {
   return each(a, a, [](float x, float) { return std::nearbyintf(x); });

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
 from peftcore.ops.cpu import build
 from peftcore.ops.cpu.build import CAPABILITY_VARIABLE, KernelsUnavailable, capability, load
@@ -113,6 +115,20 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert not [*tmp_path.rglob("*.so")]
+
+
+@pytest.mark.parametrize("name", build.capabilities())
+def test_the_vectors_are_known_to_the_compiler(name: str, tmp_path: Path) -> None:
+    """What all kernels are written against, for CPUs that this one need not be."""
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    source = tmp_path / "vectors.cpp"
+    source.write_text('#include "tiles.h"\n')
+    folders = [f"-I{folder}" for folder in (build._FOLDER, *include_paths())]
+    command = [compiler, *build._flags(name), "-std=c++20", "-fsyntax-only", *folders, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
 
 
 @pytest.mark.slow
