@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 os.environ["COLUMNS"] = "120"
 
 from tests import tiny
+from tests.serving import Served
 
 # Tiny models gain nothing from a second thread, and lose much where other work shares the cores,
 # as other tests do. Nor do those of the processes that tests start.
@@ -27,3 +29,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.llama().save_pretrained(folder)
     tiny.hf_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def slow_server(server: Served) -> Iterator[Served]:
+    """The folder's server, slow enough for a test to do something while it answers."""
+    server.slow_down(0.01)
+    yield server
+    server.slow_down(0)

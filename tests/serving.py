@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from server.api.app import create_app
 from server.api.keys import key_ring
 from server.api.lifecycle import Server
+from server.engine.engine import StepOutput
 from server.runtime import Runtime
 from server.settings import Settings
 from tests import tiny
@@ -77,6 +78,16 @@ class Served:
         for _ in range(num_tokens):
             ids.append(int(torch.argmax(oracle.logits(ids)[-1])))
         return self.runtime.tokenizer.decode(ids[num_prompt:])
+
+    def slow_down(self, seconds: float) -> None:
+        """Make every step take at least so long from now on; with 0 as long as it takes."""
+        engine = self.runtime.engine
+
+        def step() -> list[StepOutput]:
+            time.sleep(seconds)
+            return type(engine).step(engine)
+
+        engine.step = step  # type: ignore[method-assign]
 
     def wait_idle(self, seconds: float = 20.0) -> None:
         """Wait until the engine has nothing to do, and check its pools."""

@@ -214,15 +214,15 @@ def left_early(server: Served) -> bool:
     return all(seq.num_output_tokens < LONG["max_tokens"] for seq in sequences)
 
 
-def test_leaving_a_stream_ends_the_work(client: Client, server: Served) -> None:
+def test_leaving_a_stream_ends_the_work(client: Client, slow_server: Served) -> None:
     with client.stream_complete("abc", "poet", **LONG) as stream:
         next(iter(stream))
-        assert server.runtime.engine.live
-    assert left_early(server)
+        assert slow_server.runtime.engine.live
+    assert left_early(slow_server)
     with suppress(KeyError), client.stream_chat(HELLO, "poet", **LONG) as stream:
         for _ in stream:
             raise KeyError
-    assert left_early(server)
+    assert left_early(slow_server)
     assert client.complete("abc", "poet", **GREEDY).text  # and the client goes on
 
 
@@ -310,10 +310,10 @@ def test_many_at_once(server: Served) -> None:
     assert run(work()) == [server.complete("poet", f"prompt {i}") for i in range(8)]
 
 
-def test_leaving_an_async_stream_ends_the_work(server: Served) -> None:
+def test_leaving_an_async_stream_ends_the_work(slow_server: Served) -> None:
     async def leave() -> None:
         async with (
-            AsyncClient(server.url) as client,
+            AsyncClient(slow_server.url) as client,
             client.stream_complete("abc", "poet", **LONG) as stream,
         ):
             async for _ in stream:
@@ -324,7 +324,7 @@ def test_leaving_an_async_stream_ends_the_work(server: Served) -> None:
 
         async def listen() -> None:
             async with (
-                AsyncClient(server.url) as client,
+                AsyncClient(slow_server.url) as client,
                 client.stream_chat(HELLO, "poet", **LONG) as stream,
             ):
                 async for _ in stream:
@@ -338,7 +338,7 @@ def test_leaving_an_async_stream_ends_the_work(server: Served) -> None:
 
     for work in (leave, be_cancelled):
         run(work())
-        assert left_early(server)
+        assert left_early(slow_server)
 
 
 def test_nobody_listens_to_the_async_client() -> None:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 from safetensors.torch import load_file, save
 
-from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
+from tests.server.api.test_lifecycle import LONG, stream, wait_until
 from tests.serving import CONFIG, WEIGHTS, Served, serve
 
 #: Room for four of "lora-r4".
@@ -52,7 +52,7 @@ def test_1_a_load_does_not_change_a_request_in_flight(server: Served) -> None:
     folder = register(server, "tenant", seed=1)
     expected = server.expected("abc", [(folder, 1.0)], 200)
     body = LONG | {"model": "tenant", "max_tokens": 200, "temperature": 0}
-    slow_down(server, 0.002)
+    server.slow_down(0.002)
     with stream(server, body) as events:
         for seed in range(2, 7):  # more than fit: what is not in use is evicted
             register(server, f"other-{seed}", seed=seed)
@@ -104,7 +104,7 @@ def test_5_loading_while_others_generate_crashes_nothing(server: Served) -> None
     """vllm#13698: the server died."""
     names = [f"adapter-{seed}" for seed in range(6)]
     folders = [server.make_adapter("lora-r4", seed) for seed in range(6)]
-    slow_down(server, 0.001)
+    server.slow_down(0.001)
     with ExitStack() as stack:
         running = [stack.enter_context(stream(server, LONG)) for _ in range(3)]
         with ThreadPoolExecutor(6) as pool:
@@ -208,7 +208,7 @@ def test_7_as_many_adapters_as_fit_and_the_base_in_one_batch(server: Served) -> 
     folders = {name: register(server, name, seed=seed) for seed, name in enumerate(names)}
     expected = {name: server.expected("abc", [(f, 1.0)]) for name, f in folders.items()}
     expected["tiny"] = server.expected("abc", [])
-    slow_down(server, 0.01)
+    server.slow_down(0.01)
 
     def ask(name: str) -> list[str]:
         body = {"model": name, "prompt": "abc", "n": 3, "temperature": 0, "ignore_eos": True}
@@ -237,7 +237,7 @@ def test_9_a_cold_adapter_is_served_beside_hot_ones(server: Served) -> None:
     """sglang#15129, vllm#16876: it starved; sglang#13349: more adapters than slots crawled."""
     for seed in range(5):
         register(server, f"adapter-{seed}", seed=seed)
-    slow_down(server, 0.001)
+    server.slow_down(0.001)
     answered: list[int] = []
     stop = False
 
@@ -285,7 +285,7 @@ def test_11_methods_mix_in_one_batch(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         folders = {kind: register(server, kind, kind, seed) for seed, kind in enumerate(kinds)}
         expected = {kind: server.expected("abc", [(f, 1.0)]) for kind, f in folders.items()}
-        slow_down(server, 0.01)
+        server.slow_down(0.01)
         with ThreadPoolExecutor(len(kinds)) as pool:
             texts = pool.map(lambda kind: server.complete(kind, "abc"), kinds)
             assert dict(zip(kinds, texts, strict=True)) == expected
@@ -314,7 +314,7 @@ def test_12_idle_adapters_stay_in_the_metrics_and_all_survive_a_restart(tmp_path
 def test_12_an_adapters_tokens_are_counted_while_they_come(server: Served) -> None:
     """So that a table of the load shows long answers, not only their ends."""
     register(server, "busy", seed=1)
-    slow_down(server, 0.005)
+    server.slow_down(0.005)
     name = 'polypeft_adapter_tokens_total{adapter="busy",kind="generated"}'
 
     def count() -> float:
@@ -331,7 +331,7 @@ def test_12_vllms_gauge_names_what_runs(server: Served) -> None:
     """As routers read it."""
     register(server, "busy", seed=1)
     register(server, "idle", seed=2)
-    slow_down(server, 0.005)
+    server.slow_down(0.005)
     with stream(server, LONG | {"model": "busy"}):
         text = server.http.get("/metrics").text
     assert (

@@ -13,7 +13,7 @@ import pytest
 
 from server import logs
 from tests.server.api.conftest import Clients
-from tests.server.api.test_lifecycle import LONG, slow_down, wait_until
+from tests.server.api.test_lifecycle import LONG, wait_until
 from tests.serving import Served
 
 
@@ -87,7 +87,7 @@ def test_text_lines(server: Served) -> None:
 def test_a_client_that_left_is_logged_as_499(server: Served) -> None:
     written = configure("json", "info")
     step = server.runtime.engine.step
-    slow_down(server, 0.01)
+    server.slow_down(0.01)
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
         next(answer.iter_lines())
     wait_until(lambda: requests_in(written))

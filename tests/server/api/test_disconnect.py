@@ -40,21 +40,21 @@ def post(server: Served, path: str, body: dict[str, Any]) -> socket.socket:
     ],
 )
 def test_leaving_ends_the_work(
-    server: Served, path: str, prompt: dict[str, Any], stream: bool
+    slow_server: Served, path: str, prompt: dict[str, Any], stream: bool
 ) -> None:
     body = {"model": "poet", "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": stream}
-    connection = post(server, path, body | prompt)
+    connection = post(slow_server, path, body | prompt)
     end = time.monotonic() + 20
-    while not any(seq.num_output_tokens for seq in server.runtime.engine.live):
+    while not any(seq.num_output_tokens for seq in slow_server.runtime.engine.live):
         assert time.monotonic() < end, "the request did not start"
         time.sleep(0.001)
-    sequences = server.runtime.engine.live
+    sequences = slow_server.runtime.engine.live
     if stream:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
     connection.close()
-    server.wait_idle()
+    slow_server.wait_idle()
     assert all(seq.num_output_tokens < MAX_TOKENS for seq in sequences)
-    assert server.http.get("/v1/adapters/poet").json()["num_running"] == 0, "the lease is back"
+    assert slow_server.http.get("/v1/adapters/poet").json()["num_running"] == 0, "the lease is back"
 
 
 def test_others_go_on_when_one_leaves(server: Served) -> None:

@@ -29,17 +29,6 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-def slow_down(server: Served, seconds: float) -> None:
-    """Make every step take at least so long."""
-    step = server.runtime.engine.step
-
-    def slow() -> Any:
-        time.sleep(seconds)
-        return step()
-
-    server.runtime.engine.step = slow  # type: ignore[method-assign]
-
-
 def test_the_port_is_open_while_the_model_loads(tmp_path: Path) -> None:
     may_load = threading.Event()
     runtime = tiny.runtime(tiny.llama(), tmp_path / "data")
@@ -85,7 +74,7 @@ def stream(server: Served, body: dict[str, Any]) -> Iterator[Iterator[str]]:
 
 def test_draining_lets_requests_finish_and_takes_no_more(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
-        slow_down(server, 0.002)
+        server.slow_down(0.002)
         with stream(server, LONG) as events, httpx.Client(base_url=server.url) as other:
             server.server.should_exit = True
             wait_until(lambda: other.get("/ready").status_code == 503)
@@ -103,7 +92,7 @@ def test_draining_lets_requests_finish_and_takes_no_more(tmp_path: Path) -> None
 @pytest.mark.parametrize("streamed", [True, False])
 def test_what_outlasts_the_drain_timeout_ends_with_an_error(tmp_path: Path, streamed: bool) -> None:
     with serve(tmp_path, drain_timeout=0.1) as server:
-        slow_down(server, 0.05)
+        server.slow_down(0.05)
         start = time.monotonic()
         if streamed:
             with stream(server, LONG) as events:

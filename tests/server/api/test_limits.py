@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.server.api.conftest import Clients
-from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
+from tests.server.api.test_lifecycle import LONG, stream, wait_until
 from tests.serving import Served, serve
 
 TIMEOUT = 0.5
@@ -40,7 +40,7 @@ def hasty(tmp_path: Path) -> Iterator[Served]:
 
 
 def test_a_full_queue_is_429(small: Served, client_of: Clients) -> None:
-    slow_down(small, 0.01)
+    small.slow_down(0.01)
     with ThreadPoolExecutor(3) as pool:
         body = LONG | {"max_tokens": 80}
         busy = [pool.submit(small.http.post, "/v1/completions", json=body) for _ in range(3)]
@@ -68,7 +68,7 @@ def test_a_request_that_finds_room_is_taken_as_a_whole(small: Served) -> None:
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_late_request_is_aborted(hasty: Served, streamed: bool) -> None:
-    slow_down(hasty, 0.02)
+    hasty.slow_down(0.02)
     body = LONG | {"model": "poet", "prompt": ["abc", "xy"], "n": 2}
     start = time.monotonic()
     if streamed:
@@ -90,7 +90,7 @@ def test_a_late_request_is_aborted(hasty: Served, streamed: bool) -> None:
 
 def test_a_request_that_waits_too_long_is_aborted(tmp_path: Path) -> None:
     with serve(tmp_path, request_timeout=TIMEOUT, max_num_seqs=1) as server:
-        slow_down(server, 0.02)
+        server.slow_down(0.02)
         with ThreadPoolExecutor(2) as pool:
             both = [pool.submit(server.http.post, "/v1/completions", json=LONG) for _ in "ab"]
             assert [f.result().status_code for f in both] == [504, 504]
@@ -99,7 +99,7 @@ def test_a_request_that_waits_too_long_is_aborted(tmp_path: Path) -> None:
 
 def test_the_deadline_holds_though_nobody_reads(hasty: Served) -> None:
     """The engine ends the work, and gives back what it took, of a client that is stuck."""
-    slow_down(hasty, 0.02)
+    hasty.slow_down(0.02)
     host, port = hasty.url.removeprefix("http://").split(":")
     content = json.dumps(LONG | {"stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"

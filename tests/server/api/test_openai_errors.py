@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.server.api.conftest import Clients
-from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
+from tests.server.api.test_lifecycle import LONG, stream, wait_until
 from tests.serving import Served, serve
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -49,7 +49,7 @@ def test_each_status_has_its_type(small: Served, client_of: Clients) -> None:
 def test_a_full_queue_is_a_rate_limit_whose_retry_after_is_kept(
     small: Served, client_of: Clients
 ) -> None:
-    slow_down(small, 0.01)
+    small.slow_down(0.01)
     with ThreadPoolExecutor(1) as pool:
         body = LONG | {"max_tokens": 60}
         busy = pool.submit(small.http.post, "/v1/completions", json=body)
@@ -71,7 +71,7 @@ def test_a_late_answer_is_not_asked_for_again(
     tmp_path: Path, streamed: bool, client_of: Clients
 ) -> None:
     with serve(tmp_path, request_timeout=0.4) as server:
-        slow_down(server, 0.02)
+        server.slow_down(0.02)
         client = client_of(server, max_retries=3)
         with pytest.raises(openai.APIError) as late:  # noqa: PT012
             answer = client.chat.completions.create(
@@ -90,7 +90,7 @@ def test_a_late_answer_is_not_asked_for_again(
 
 
 def test_a_client_that_gives_up_ends_the_work(small: Served, client_of: Clients) -> None:
-    slow_down(small, 0.05)  # 20 s in all
+    small.slow_down(0.05)  # 20 s in all
     with pytest.raises(openai.APITimeoutError):
         client_of(small, timeout=0.4).completions.create(
             model="tiny", prompt="abc", max_tokens=400, extra_body={"ignore_eos": True}
@@ -100,7 +100,7 @@ def test_a_client_that_gives_up_ends_the_work(small: Served, client_of: Clients)
 
 def test_a_draining_server_is_unavailable(tmp_path: Path, client_of: Clients) -> None:
     with serve(tmp_path) as server:
-        slow_down(server, 0.002)
+        server.slow_down(0.002)
         client = client_of(server)
         assert client.models.list().data  # its connection stays open
         with stream(server, LONG) as events:

@@ -10,7 +10,7 @@ import pytest
 
 from server.build import SetupError
 from tests import tiny
-from tests.server.api.test_lifecycle import LONG, slow_down, stream, wait_until
+from tests.server.api.test_lifecycle import LONG, stream, wait_until
 from tests.serving import Served, serve
 
 #: Room for four adapters of 18,432 bytes.
@@ -120,7 +120,7 @@ def test_prefetch(server: Served) -> None:
 
 
 def test_prefetch_evicts_nothing_that_runs(server: Served) -> None:
-    slow_down(server, 0.002)
+    server.slow_down(0.002)
     body = LONG | {"max_tokens": 200}
     with ExitStack() as stack:
         running = [stack.enter_context(stream(server, body | {"model": n})) for n in NAMES[:4]]
