@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.sequence import Sequence
 from tests import tiny
 from tests.recorder import Recorder, compare
 
@@ -84,20 +85,29 @@ def test_methods_differ_from_base(world) -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours(world) -> None:
-    """Alone, and in a batch of 16 others."""
+    """Every adapter by itself, and all of them at once among others."""
     _, runtime, paths = world
-    for name in ["tiny", *paths]:
-        prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-        rows = []
-        for num_others in (0, 16):
-            recorder = Recorder(runtime)
-            with runtime.adapters.lease(name) as lease:
-                seq = recorder.add(f"alone-{name}-{num_others}", prompt, lease, max_tokens=4)
-            labels = [*paths, "tiny"]
-            for i, other in enumerate(prompts(2, num_others)):
-                with runtime.adapters.lease(labels[i % len(labels)]) as lease:
-                    recorder.add(f"other-{i}", other, lease, max_tokens=4)
-            recorder.run()
-            rows.append((seq.output_token_ids, torch.stack(recorder.logits[seq.key])))
-        assert rows[0][0] == rows[1][0]
-        torch.testing.assert_close(rows[0][1], rows[1][1], atol=2e-5, rtol=0)
+    recorder = Recorder(runtime)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    labels = ["tiny", *paths]
+
+    def add(label: str, key: str, prompt: list[int]) -> Sequence:
+        with runtime.adapters.lease(label) as lease:
+            return recorder.add(key, prompt, lease, max_tokens=4)
+
+    among = {}
+    for i, label in enumerate(labels):
+        among[label] = add(label, f"{label}, among", prompt)
+        if i % 4 == 0:
+            add(labels[-i], f"other {i}", prompts(i, 1)[0])
+    recorder.run()
+    for label, seq in among.items():
+        sizes = [len(b.chunks) for b in recorder.batches if any(c.seq is seq for c in b.chunks)]
+        assert max(sizes) > 8, f"{label} had few neighbours: {sizes}"
+        alone = add(label, f"{label}, alone", prompt)
+        recorder.run()
+        assert alone.output_token_ids == seq.output_token_ids, label
+        logits = (torch.stack(recorder.logits[s.key]) for s in (alone, seq))
+        torch.testing.assert_close(
+            *logits, atol=2e-5, rtol=0, msg=lambda m, label=label: f"{label}: {m}"
+        )
