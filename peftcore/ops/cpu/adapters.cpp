@@ -6,12 +6,30 @@
 namespace polypeft {
 namespace {
 
-constexpr int64_t kRows = 32;  // of one task, at most
+constexpr int64_t kRows = 32;  // of one task that shrinks, at most
+#if defined(__AVX512F__)
+constexpr int kSums = 8;  // of sixteen, at a time: enough to hide what one addition takes
+#else
+constexpr int kSums = 4;
+#endif
+
+// Memory that is read next, asked for bit by bit while something else is multiplied: an adapter's
+// factors are read once a step, in pieces too short for the processor to foresee.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+
+  void some(int64_t num_bytes) {
+    num_bytes = std::min(num_bytes, end - at);
+    fetch(at, num_bytes);
+    at += num_bytes;
+  }
+};
 
 // shrunk[r][j] = scale · weight · A[j] · x[r] for R rows and J of the ranks: sixteen partial sums
 // each, added up in one order.
 template <int R, int J, class T>
-void dots(const float* x, int64_t in, const T* a, float factor, float* shrunk, int64_t rank) {
+void dots(const float* x, int64_t in, const T* a, float factor, float* shrunk, int64_t rank,
+          Ahead& ahead) {
   F16 acc[R][J];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) acc[r][j] = F16::zero();
@@ -23,6 +41,7 @@ void dots(const float* x, int64_t in, const T* a, float factor, float* shrunk, i
       const F16 factors = F16::load(a + j * in + k);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(row[r], factors, acc[r][j]);
     }
+    ahead.some(J * kLanes * sizeof(T));
   }
   if (const int left = static_cast<int>(in - k))
     for (int j = 0; j < J; ++j) {
@@ -40,44 +59,35 @@ void dots(const float* x, int64_t in, const T* a, float factor, float* shrunk, i
   }
 }
 
-// y[r] += B shrunk[r] for R rows, one tile.
-template <int R, class T>
-void expand(const float* shrunk, int64_t rank, const T* b, float* y, int64_t out, int n) {
-  F16 acc[R];
+// y[r] += B shrunk[r] for R rows and C tiles, of which the last has n outputs.
+template <int R, int C, class T>
+void expand(const float* shrunk, int64_t rank, const T* b, float* y, int64_t out, int n,
+            int64_t further) {
+  F16 acc[R][C];
   for (int r = 0; r < R; ++r)
-    acc[r] = n == kLanes ? F16::load(y + r * out) : F16::load_n(y + r * out, n);
+    for (int c = 0; c < C; ++c) {
+      const float* at = y + r * out + c * kLanes;
+      acc[r][c] = c + 1 < C || n == kLanes ? F16::load(at) : F16::load_n(at, n);
+    }
   for (int64_t j = 0; j < rank; ++j) {
-    const F16 factors = F16::load(b + j * kLanes);
-    for (int r = 0; r < R; ++r) acc[r] = fma(F16::set1(shrunk[r * rank + j]), factors, acc[r]);
+    F16 factors[C];
+    for (int c = 0; c < C; ++c) factors[c] = F16::load(b + (c * rank + j) * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const F16 value = F16::set1(shrunk[r * rank + j]);
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(value, factors[c], acc[r][c]);
+    }
+    if (further) fetch(b + further + j * C * kLanes, C * kLanes * sizeof(T));
   }
   for (int r = 0; r < R; ++r)
-    n == kLanes ? acc[r].store(y + r * out) : acc[r].store_n(y + r * out, n);
+    for (int c = 0; c < C; ++c) {
+      float* at = y + r * out + c * kLanes;
+      c + 1 < C || n == kLanes ? acc[r][c].store(at) : acc[r][c].store_n(at, n);
+    }
 }
 
-// The factors of the task that comes next, asked for bit by bit while this one's are multiplied:
-// an adapter's are read once a step, in pieces too short for the processor to foresee.
-struct Ahead {
-  const char *a = nullptr, *a_end = nullptr, *b = nullptr, *b_end = nullptr;
-
-  explicit Ahead(const Active* next) {
-    if (!next) return;
-    const ModuleAdapter& at = *next->at;
-    const int64_t row_bytes = at.rank * (at.type == Type::kFloat ? 4 : 2);
-    a = static_cast<const char*>(at.a);
-    a_end = a + row_bytes * next->module->in;
-    b = static_cast<const char*>(at.b);
-    b_end = b + row_bytes * ((next->module->out + kLanes - 1) / kLanes * kLanes);
-  }
-  static void some(const char*& at, const char* end, int64_t num_bytes) {
-    num_bytes = std::min(num_bytes, end - at);
-    fetch(at, num_bytes);
-    at += num_bytes;
-  }
-};
-
-// shrunk [to − from][rank] of the segment's rows [from, to), which count from its start.
+// The segment's rows [from, to), which count from its start.
 template <class T>
-void shrink(const Active& s, int64_t from, int64_t to, float* shrunk, Ahead& ahead) {
+void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   const auto* a = static_cast<const T*>(s.at->a);
   const int64_t rank = s.at->rank, in = s.module->in;
   const float factor = s.weight * s.at->scale;
@@ -86,13 +96,10 @@ void shrink(const Active& s, int64_t from, int64_t to, float* shrunk, Ahead& ahe
     constexpr int R = decltype(num_rows)::value, J = decltype(num_ranks)::value;
     for (; r + R <= to; r += R) {
       const float* row = s.x + (s.start + r) * in;
-      float* out = shrunk + (r - from) * rank;
+      float* out = s.shrunk + r * rank;
       int64_t j = 0;
-      for (; j + J <= rank; j += J) {
-        dots<R, J>(row, in, a + j * in, factor, out + j, rank);
-        Ahead::some(ahead.a, ahead.a_end, J * in * sizeof(T));
-      }
-      for (; j < rank; ++j) dots<R, 1>(row, in, a + j * in, factor, out + j, rank);
+      for (; j + J <= rank; j += J) dots<R, J>(row, in, a + j * in, factor, out + j, rank, ahead);
+      for (; j < rank; ++j) dots<R, 1>(row, in, a + j * in, factor, out + j, rank, ahead);
     }
   };
 #if defined(__AVX512F__)
@@ -102,43 +109,44 @@ void shrink(const Active& s, int64_t from, int64_t to, float* shrunk, Ahead& ahe
   rows(Int<1>(), Int<4>());
 }
 
-// y[r] += B shrunk[r] for the segment's rows [from, to): a few at a time, whose outputs lie one after
-// another.
+// y[r] += B shrunk[r] for the segment's rows [from, to) and the module's tiles [tile, end): many rows
+// of one tile at a time, or one or two of several; those ask for as many tiles that come next.
 template <class T>
-void expand(const Active& s, int64_t from, int64_t to, const float* shrunk, Ahead& ahead) {
+void expand(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
   const int64_t rank = s.at->rank, out = s.module->out;
   int64_t r = from;
   const auto rows = [&](auto num_rows) {
     constexpr int R = decltype(num_rows)::value;
     for (; r + R <= to; r += R) {
-      const T* b = static_cast<const T*>(s.at->b);
-      float* y = s.module->y + (s.start + r) * out;
-      for (int64_t column = 0; column < out; column += kLanes, b += rank * kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, out - column));
-        expand<R>(shrunk + (r - from) * rank, rank, b, y + column, out, n);
-        Ahead::some(ahead.b, ahead.b_end, rank * kLanes * sizeof(T));
-      }
+      int64_t t = tile;
+      const auto tiles = [&](auto num_tiles) {
+        constexpr int C = decltype(num_tiles)::value;
+        if constexpr (R * C <= kSums)
+          for (; t + C <= end; t += C) {
+            const T* b = static_cast<const T*>(s.at->b) + t * rank * kLanes;
+            const int64_t column = t * kLanes;
+            const int n = static_cast<int>(std::min<int64_t>(kLanes, out - column - (C - 1) * kLanes));
+            expand<R, C>(s.shrunk + r * rank, rank, b, s.module->y + (s.start + r) * out + column, out,
+                         n, R <= 2 ? (end - tile) * rank * kLanes : 0);
+          }
+      };
+      tiles(Int<4>());
+      tiles(Int<2>());
+      tiles(Int<1>());
     }
   };
-  rows(Int<8>());
+  rows(Int<kSums>());
   rows(Int<2>());
   rows(Int<1>());
 }
 
-template <class T>
-void add_low_rank(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
-  float* shrunk = scratch((to - from) * s.at->rank);
-  shrink<T>(s, from, to, shrunk, ahead);
-  expand<T>(s, from, to, shrunk, ahead);
-}
-
-// y = op(y, columns c to c + n) on the segment's rows [from, to).
+// y = op(y, columns c to c + n) on the segment's rows [from, to) and the module's tiles [tile, end).
 template <class Op>
-void each_row(const Active& s, int64_t from, int64_t to, const Op& op) {
-  const int64_t out = s.module->out;
+void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end, const Op& op) {
+  const int64_t out = s.module->out, stop = std::min(end * kLanes, out);
   for (int64_t r = s.start + from; r < s.start + to; ++r)
-    for (int64_t c = 0; c < out; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, out - c));
+    for (int64_t c = tile * kLanes; c < stop; c += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, stop - c));
       float* at = s.module->y + r * out + c;
       if (n == kLanes)
         op(F16::load(at), c, n).store(at);
@@ -147,71 +155,92 @@ void each_row(const Active& s, int64_t from, int64_t to, const Op& op) {
     }
 }
 
-// What the segments [first, last) do to their rows among [row, stop).
-void adapt(const Active* first, const Active* last, int64_t row, int64_t stop, Ahead ahead) {
+// f(T) of the factors' type.
+template <class F>
+void with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::kFloat: return f(float());
+    case Type::kHalf: return f(Half());
+    case Type::kBFloat16: return f(BFloat16());
+  }
+}
+
+}  // namespace
+
+AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active)
+    : active_(std::move(active)) {
+  int64_t num_rows = 0, num_shrunk = 0;
+  for (const Active& s : active_) {
+    const int64_t rows = s.end - s.start;
+    num_rows += rows;
+    num_shrunk += rows * s.at->rank;
+    work_ += rows * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
+  }
+  thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(num_shrunk)) memory.resize(num_shrunk);
+  const int64_t share = num_rows / (2 * at::get_num_threads());
+  const int64_t step = std::clamp<int64_t>(share, 4, kRows);
+  shrinks_.reserve(active_.size());
+  float* shrunk = memory.data();
+  auto s = active_.data();
+  const auto end = s + active_.size();
+  for (const Module& module : modules) {
+    first_.push_back(s);
+    for (; s != end && s->module == &module; ++s) {
+      if (!s->at->rank) continue;
+      s->shrunk = shrunk;
+      const int64_t rows = s->end - s->start;
+      shrunk += rows * s->at->rank;
+      for (int64_t row = 0; row < rows; row += step)
+        shrinks_.push_back({s, row, std::min(row + step, rows)});
+    }
+  }
+  first_.push_back(s);
+  // By rows, so that a thread reads one adapter's modules, which lie together.
+  std::sort(shrinks_.begin(), shrinks_.end(), [](const Shrink& a, const Shrink& b) {
+    return std::pair(a.active->start + a.row, a.active) < std::pair(b.active->start + b.row, b.active);
+  });
+}
+
+void AdapterTasks::shrink(int64_t i) const {
+  const auto [active, row, stop] = shrinks_[i];
+  const auto factors = [](const Active& s) {
+    const auto* a = static_cast<const char*>(s.at->a);
+    return Ahead{a, a + s.at->rank * s.module->in * (s.at->type == Type::kFloat ? 4 : 2)};
+  };
+  Ahead ahead;
+  if (i + 1 < num_shrinks() && shrinks_[i + 1].active != active)
+    ahead = factors(*shrinks_[i + 1].active);
+  with_type(active->at->type, [&, s = active, from = row, to = stop](auto type) {
+    polypeft::shrink<decltype(type)>(*s, from, to, ahead);
+  });
+}
+
+void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t tile,
+                          int64_t end) const {
   const auto each = [&](const auto& apply) {
-    for (auto s = first; s != last; ++s) {
+    for (auto s = first_[module]; s != first_[module + 1]; ++s) {
       const int64_t from = std::max(row, s->start) - s->start;
       const int64_t to = std::min(stop, s->end) - s->start;
       if (from < to) apply(*s, from, to);
     }
   };
   each([&](const Active& s, int64_t from, int64_t to) {
-    if (!s.at->rank) return;
-    switch (s.at->type) {
-      case Type::kFloat: return add_low_rank<float>(s, from, to, ahead);
-      case Type::kHalf: return add_low_rank<Half>(s, from, to, ahead);
-      case Type::kBFloat16: return add_low_rank<BFloat16>(s, from, to, ahead);
-    }
+    if (s.at->rank)
+      with_type(s.at->type,
+                [&](auto type) { expand<decltype(type)>(s, from, to, tile, end); });
   });
   each([&](const Active& s, int64_t from, int64_t to) {
     if (const float* v = s.at->out_scale)
-      each_row(s, from, to, [v](F16 a, int64_t c, int n) { return a * F16::load_n(v + c, n); });
+      each_row(s, from, to, tile, end,
+               [v](F16 a, int64_t c, int n) { return a * F16::load_n(v + c, n); });
   });
   each([&](const Active& s, int64_t from, int64_t to) {
     if (const float* v = s.at->bias)
-      each_row(s, from, to, [v, w = F16::set1(s.weight)](F16 a, int64_t c, int n) {
+      each_row(s, from, to, tile, end, [v, w = F16::set1(s.weight)](F16 a, int64_t c, int n) {
         return fma(w, F16::load_n(v + c, n), a);
       });
   });
-}
-
-}  // namespace
-
-AdapterTasks::AdapterTasks(std::vector<Active> active) : active_(std::move(active)) {
-  // By rows, so that a thread reads one adapter's modules, which lie together; stable, so that the
-  // segments of a mixture keep their order.
-  const auto by_row = [](const Active& a, const Active& b) {
-    return std::pair(a.module, a.start) < std::pair(b.module, b.start);
-  };
-  if (!std::is_sorted(active_.begin(), active_.end(), by_row))
-    std::stable_sort(active_.begin(), active_.end(), by_row);
-  int64_t num_rows = 0;
-  for (const Active& s : active_) {
-    num_rows += s.end - s.start;
-    work_ += (s.end - s.start) * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
-  }
-  const int64_t share = num_rows / (2 * at::get_num_threads());
-  const int64_t step = std::clamp<int64_t>(share, 4, kRows);
-  tasks_.reserve(active_.size());
-  for (const Active *s = active_.data(), *end = s + active_.size(); s != end;) {
-    const Active* first = s;
-    int64_t stop = s->end;
-    for (++s; s != end && s->module == first->module && s->start < stop; ++s)
-      stop = std::max(stop, s->end);
-    for (int64_t row = first->start; row < stop; row += step)
-      tasks_.push_back({first, s, row, std::min(row + step, stop)});
-  }
-  std::sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) {
-    return std::pair(a.row, a.first) < std::pair(b.row, b.first);
-  });
-}
-
-void AdapterTasks::run(int64_t i) const {
-  const Task& task = tasks_[i];
-  const bool last = i + 1 == size();
-  const Active* next = last || tasks_[i + 1].first == task.first ? nullptr : tasks_[i + 1].first;
-  adapt(task.first, task.last, task.row, task.stop, Ahead(next));
 }
 
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,

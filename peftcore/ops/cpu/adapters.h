@@ -57,27 +57,31 @@ struct Active {
   int64_t start, end;
   const ModuleAdapter* at;
   float weight;
+  float* shrunk = nullptr;  // scale · weight · A x: [end − start][rank]
 };
 
 // What a launch's segments do to its modules' y: for each row first the additive parts, then output
-// scales, then biases. Tasks of different rows or modules may run at a time.
+// scales, then biases. First A x of all of them, whose tasks may run at a time; then the rest, tile by
+// tile, where the base's result has just been written.
 class AdapterTasks {
  public:
-  // active: those of one module one after another.
-  explicit AdapterTasks(std::vector<Active> active);
+  AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active);
   AdapterTasks(const AdapterTasks&) = delete;
-  int64_t size() const { return static_cast<int64_t>(tasks_.size()); }
   int64_t work() const { return work_; }  // multiplications
-  void run(int64_t i) const;
+  int64_t num_shrinks() const { return static_cast<int64_t>(shrinks_.size()); }
+  void shrink(int64_t i) const;
+  // To rows [row, stop) of a module's tiles [tile, end).
+  void finish(int64_t module, int64_t row, int64_t stop, int64_t tile, int64_t end) const;
 
  private:
-  // Segments of one module that share rows, and a block of those: they go one after another.
-  struct Task {
-    const Active *first, *last;
+  // A block of a segment's rows at one module.
+  struct Shrink {
+    const Active* active;
     int64_t row, stop;
   };
   std::vector<Active> active_;
-  std::vector<Task> tasks_;
+  std::vector<const Active*> first_;  // of each module, and the end
+  std::vector<Shrink> shrinks_;
   int64_t work_ = 0;
 };
 

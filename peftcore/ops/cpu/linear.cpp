@@ -9,20 +9,21 @@ namespace {
 constexpr int64_t kBlockRows = 192;  // of one task
 constexpr int64_t kRoundRows = 4;
 
-// Every module's W x + b into its y: first a phase that rounds inputs, then one that multiplies.
-class BaseTasks {
+// Every module's W x + b into its y, and what adapters do to it: first a phase that rounds inputs, then
+// one that multiplies.
+class TileTasks {
  public:
-  BaseTasks(const std::vector<const float*>& inputs, int64_t rows,
-            const std::vector<Module>& modules)
-      : inputs_(inputs), rows_(rows), modules_(modules), prepared_(modules.size()) {
+  TileTasks(const std::vector<const float*>& inputs, int64_t rows,
+            const std::vector<Module>& modules, const AdapterTasks& adapters)
+      : inputs_(inputs), rows_(rows), modules_(modules), adapters_(adapters),
+        prepared_(modules.size()) {
     prepare();
     int64_t num_tiles = 0;
-    for (const Module& m : modules_)
-      if (m.weight) num_tiles += m.weight->num_tiles();
+    for (const Module& m : modules_) num_tiles += tiles_of(m);
     const int64_t step = num_tiles >= 512 ? 8 : num_tiles >= 96 || rows > kBlockRows ? 4 : 2;
     ahead_ = rows <= kBlockRows ? step : 0;  // else tiles come more than once
-    for (size_t m = 0; m < modules_.size(); ++m) {
-      const int64_t tiles = modules_[m].weight ? modules_[m].weight->num_tiles() : 0;
+    for (int64_t m = 0; m < static_cast<int64_t>(modules_.size()); ++m) {
+      const int64_t tiles = tiles_of(modules_[m]);
       for (int64_t row = 0; row < rows; row += kBlockRows)
         for (int64_t t = 0; t < tiles; t += step)
           tasks_.push_back({m, t, std::min(t + step, tiles), row});
@@ -45,14 +46,9 @@ class BaseTasks {
   }
   void run(int64_t i) const {
     const auto [m, tile, end, row] = tasks_[i];
-    const Weight& w = *modules_[m].weight;
     const int64_t count = std::min(kBlockRows, rows_ - row);
-    const Prepared& prepared = prepared_[m];
-    float* y = modules_[m].y + row * w.out;
-    if (w.activation_bits)
-      multiply_integer(prepared.rounded, row, count, w, tile, end, ahead_, y);
-    else
-      multiply_float(prepared.rows + row * w.in, count, is_tall(rows_), w, tile, end, ahead_, y);
+    if (modules_[m].weight) multiply(m, tile, end, row, count);
+    adapters_.finish(m, row, row + count, tile, end);
   }
 
  private:
@@ -63,12 +59,22 @@ class BaseTasks {
   };
   // A few tiles of one module and a block of rows.
   struct Task {
-    size_t module;
-    int64_t tile, end, row;
+    int64_t module, tile, end, row;
   };
 
+  static int64_t tiles_of(const Module& m) { return (m.out + kLanes - 1) / kLanes; }
   static int64_t bytes_of(const Weight& w, int64_t rows) {
     return (rounded_bytes(w, rows) + 63) / 64 * 64;
+  }
+
+  void multiply(int64_t m, int64_t tile, int64_t end, int64_t row, int64_t count) const {
+    const Weight& w = *modules_[m].weight;
+    const Prepared& prepared = prepared_[m];
+    float* y = modules_[m].y + row * w.out;
+    if (w.activation_bits)
+      multiply_integer(prepared.rounded, row, count, w, tile, end, ahead_, y);
+    else
+      multiply_float(prepared.rows + row * w.in, count, is_tall(rows_), w, tile, end, ahead_, y);
   }
 
   // Once for all modules with the same inputs.
@@ -121,6 +127,7 @@ class BaseTasks {
   const std::vector<const float*>& inputs_;
   const int64_t rows_;
   const std::vector<Module>& modules_;
+  const AdapterTasks& adapters_;
   std::vector<Prepared> prepared_;
   std::vector<std::pair<size_t, int64_t>> rounds_;  // a module, and a first row
   std::vector<Task> tasks_;
@@ -149,12 +156,12 @@ void linear(const float* x, int64_t rows, const std::vector<Module>& modules, co
     }
     for (size_t i = first; i < active.size(); ++i) active[i].x = inputs[m];
   }
-  const BaseTasks base(inputs, rows, modules);
-  const AdapterTasks adapters(std::move(active));
-  run_phases({{base.num_rounds(), [&](int64_t i) { base.round(i); }},
-              {base.size(), [&](int64_t i) { base.run(i); }},
-              {adapters.size(), [&](int64_t i) { adapters.run(i); }}},
-             base.work() + adapters.work() > 1 << 15);
+  const AdapterTasks adapters(modules, std::move(active));
+  const TileTasks tiles(inputs, rows, modules, adapters);
+  run_phases({{tiles.num_rounds(), [&](int64_t i) { tiles.round(i); }},
+              {adapters.num_shrinks(), [&](int64_t i) { adapters.shrink(i); }},
+              {tiles.size(), [&](int64_t i) { tiles.run(i); }}},
+             tiles.work() + adapters.work() > 1 << 15);
 }
 
 }  // namespace polypeft
