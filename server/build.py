@@ -128,6 +128,21 @@ def kv_dtype_of(
     return torch.float16 if halves and quantization != "none" else dtype
 
 
+def adapter_dtype_of(
+    settings: Settings, device: torch.device, quantization: Quantization, dtype: torch.dtype
+) -> torch.dtype:
+    """How adapters are packed. Raises SetupError: as nothing here could read them."""
+    asked = settings.adapter_dtype
+    is_read = device.type == "cpu" and kernels() is not None and not ops.uses_triton(device)
+    if asked == "int8" and not (is_read and dtype == torch.float32):
+        raise SetupError(
+            f"--adapter-dtype int8: needs the CPU kernels and float32 beside a base's codes, here "
+            f"are {ops.status(device)} and {dtype} on {device}; float does without"
+        )
+    rounded = asked == "int8" or (asked == "auto" and is_read and quantization != "none")
+    return torch.int8 if rounded else dtype
+
+
 def kv_room(
     settings: Settings, kv_memory: int, block_bytes: int, max_positions: int, *, is_encoder: bool
 ) -> tuple[int, int]:
@@ -200,7 +215,8 @@ def assemble(
     arena = AdapterArena(settings.adapter_memory, torch.uint8, loaded.device)
     store = _open_store(settings.data_dir.expanduser(), base_name, loaded.base)
 
-    packer = Packer(loaded.tasks, loaded.dtype, pin_memory=loaded.device.type == "cuda")
+    adapter_dtype = adapter_dtype_of(settings, loaded.device, loaded.quantization, loaded.dtype)
+    packer = Packer(loaded.tasks, adapter_dtype, pin_memory=loaded.device.type == "cuda")
 
     def load(digest: str) -> PackedAdapter:
         return packer.load(store.folder(digest), digest)
@@ -218,7 +234,7 @@ def assemble(
         loaded.tasks,
         base_name,
         packer=packer,
-        budget=Budget(arena.data.nbytes, loaded.dtype),
+        budget=Budget(arena.data.nbytes, adapter_dtype),
         residency=cache.residency,
         tier=cache.tier,
         forget=lambda digest: runtime.forget(digest),
@@ -267,6 +283,7 @@ def assemble(
             "kernels": ops.status(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+            "adapter_dtype": "int8" if adapter_dtype == torch.int8 else "float",
             "max_model_len": max_model_len,
             "cuda_graphs": graphs is not None,
             "vocab_size": vocab_size,

@@ -130,6 +130,12 @@ class Settings(BaseSettings):
         description="how keys and values are kept; auto: float16 beside a quantized base on a CPU "
         "with kernels, else as the model computes",
     )
+    adapter_dtype: Literal["auto", "float", "int8"] = Field(
+        "auto",
+        description="how low-rank updates' factors are kept; float: as they are, in half precision "
+        "where that holds them; int8: rounded, with a scale for each rank; auto: int8 beside a "
+        "quantized base on a CPU with kernels, else float",
+    )
     kv_memory: AutoSize = Field(
         None,
         description="memory of the KV cache; auto, the default: on a GPU what base and adapters "

@@ -156,7 +156,10 @@ def hf_tokenizer() -> PreTrainedTokenizerFast:
 def settings(data_dir: Path, **changes: Any) -> Settings:
     """Small pools; `changes` in their place."""
     small = {"kv_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 8}
-    return Settings(data_dir=data_dir, **({"kv_cache_dtype": "float32"} | small | changes))
+    return Settings(
+        data_dir=data_dir,
+        **({"kv_cache_dtype": "float32", "adapter_dtype": "float"} | small | changes),
+    )
 
 
 def runtime(model: PreTrainedModel, data_dir: Path, **changes: Any) -> Runtime:

@@ -38,7 +38,8 @@ class Kernels(Protocol):
     Attributes:
         Adapter: `Adapter()`, then for each module
             `set(id, in_, out, *, a, b, scale, in_scale, out_scale, bias)`: a `[rank, in]`, b in
-            tiles `[tiles, rank, 16]`, vectors `[in]` or `[out]`, each or None.
+            tiles `[tiles, rank, 16]`, vectors `[in]` or `[out]`, each or None. The CPU's also takes
+            int8 factors and their `scales`, as `LowRankFactors` has them.
         Batch: `Batch([(start, end, adapter, weight)])`; `touches(id)`: does it act at a module?
     """
 

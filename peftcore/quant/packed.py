@@ -26,6 +26,12 @@ def pack_int8(codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     return quads, tiled(absmax[:, None] / 127).squeeze(1)
 
 
+def unpack_int8(codes: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The codes `[out, in]` that `pack_int8` was given."""
+    rows = codes.transpose(1, 2).reshape(-1, 4 * codes.shape[1])
+    return rows[:out_features, :in_features]
+
+
 def pack_nf4(
     codes: Tensor, absmax: Tensor, out_features: int, in_features: int, block_size: int
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import torch
 
 from peftcore.arena import aligned
-from peftcore.packing import packed_bytes
 from server.adapters.store import AdapterRecord
 from server.errors import Conflict, TooLarge
 
@@ -19,7 +18,7 @@ class Budget:
     """
     Args:
         num_bytes: of the arena.
-        dtype: what is in it, but for half precision.
+        dtype: how adapters are packed, as for `pack`.
     """
 
     def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
@@ -28,7 +27,7 @@ class Budget:
 
     def bytes_of(self, record: AdapterRecord) -> int:
         """Of one adapter's packed form."""
-        return packed_bytes(record.num_elements, record.num_half_elements, self._dtype)
+        return record.packed_size.num_bytes(self._dtype)
 
     def need(self, records: Iterable[AdapterRecord]) -> int:
         """Bytes of the arena that adapters take together."""

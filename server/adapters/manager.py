@@ -25,7 +25,7 @@ from typing import Literal
 
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
-from peftcore.packing import PackedAdapter, packed_elements
+from peftcore.packing import PackedAdapter, PackedSize, packed_size
 from peftcore.program import check_mixture
 from peftcore.tasks import Tasks
 from server.adapters.admission import Packer, join_head, validate
@@ -102,9 +102,9 @@ class AdapterManager:
                 _, program = validate(config, folder / WEIGHTS_NAME, self._tasks)
             except (AdapterError, OSError) as exc:
                 logger.error("adapter %s cannot be read: %s", digest[:12], exc)
-                self.store.set_counts(digest, 1, 0)
+                self.store.set_packed_size(digest, PackedSize(1, 0, 1))
             else:
-                self.store.set_counts(digest, *packed_elements(program))
+                self.store.set_packed_size(digest, packed_size(program))
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -331,13 +331,11 @@ class AdapterManager:
 
     def _validate(self, config: bytes, weights: Path) -> tuple[AdapterRecord, PackedAdapter]:
         parsed, program = validate(config, weights, self._tasks)
-        num_elements, num_half_elements = packed_elements(program)
         record = AdapterRecord(
             digest=program.digest,
             method=parsed.peft_type,
             rank=program.max_rank,
-            num_elements=num_elements,
-            num_half_elements=num_half_elements,
+            **packed_size(program)._asdict(),
             num_virtual_tokens=program.num_virtual_tokens,
             virtual_kv=program.virtual_kv,
             adds=program.adds,

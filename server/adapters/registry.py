@@ -7,9 +7,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
-#: In place of `num_half_elements`: this and `num_elements` are to be counted anew.
+#: In place of `num_half_elements`: this and what else is in `PackedSize` is to be counted anew.
 NOT_COUNTED = -1
 
 #: How long a statement waits for another connection's transaction, in milliseconds.
@@ -30,6 +30,7 @@ adapters = sa.Table(
     sa.Column("rank", sa.Integer, nullable=False),
     sa.Column("num_elements", sa.BigInteger, nullable=False),
     sa.Column("num_half_elements", sa.BigInteger, nullable=False),
+    sa.Column("num_rounded_bytes", sa.BigInteger, nullable=False),
     sa.Column("num_virtual_tokens", sa.Integer, nullable=False),
     sa.Column("virtual_kv", sa.Boolean, nullable=False),
     sa.Column("adds", sa.Boolean, nullable=False),
@@ -68,6 +69,10 @@ _MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE aliases ADD COLUMN labels JSON",
     ),
     4: ("ALTER TABLE aliases ADD COLUMN problem_type VARCHAR",),
+    5: (
+        "ALTER TABLE adapters ADD COLUMN num_rounded_bytes BIGINT NOT NULL DEFAULT 0",
+        f"UPDATE adapters SET num_half_elements = {NOT_COUNTED}",
+    ),
 }
 
 

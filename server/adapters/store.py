@@ -31,6 +31,7 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
+from peftcore.packing import PackedSize
 from server.adapters import registry
 from server.adapters.registry import StoreError
 
@@ -45,8 +46,7 @@ class AdapterRecord:
 
     Attributes:
         digest: SHA-256 of the canonical config and weights, as hex.
-        num_elements: of the compiled program, as it lies in an arena.
-        num_half_elements: those of them that are kept in half precision, whatever the device.
+        num_elements, num_half_elements, num_rounded_bytes: `packed_size`.
         virtual_kv: the virtual tokens' keys and values are given (prefix tuning).
         adds: may be mixed by weight.
         file_bytes: size of the two files; `put` measures it.
@@ -60,6 +60,7 @@ class AdapterRecord:
     rank: int
     num_elements: int
     num_half_elements: int
+    num_rounded_bytes: int
     num_virtual_tokens: int
     virtual_kv: bool
     adds: bool
@@ -68,6 +69,10 @@ class AdapterRecord:
     created_at: float
     task: str | None = None
     num_labels: int = 0
+
+    @property
+    def packed_size(self) -> PackedSize:
+        return PackedSize(self.num_elements, self.num_half_elements, self.num_rounded_bytes)
 
 
 @dataclass(frozen=True)
@@ -215,13 +220,13 @@ class AdapterStore:
         with self._engine.connect() as connection:
             return list(connection.scalars(query))
 
-    def set_counts(self, digest: str, num_elements: int, num_half_elements: int) -> None:
-        """Correct a row's counts."""
+    def set_packed_size(self, digest: str, size: PackedSize) -> None:
+        """Correct a row."""
         with self._lock, self._engine.begin() as connection:
             connection.execute(
                 sa.update(registry.adapters)
                 .where(registry.adapters.c.digest == digest)
-                .values(num_elements=num_elements, num_half_elements=num_half_elements)
+                .values(size._asdict())
             )
 
     def unreferenced(self) -> list[str]:

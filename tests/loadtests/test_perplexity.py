@@ -57,6 +57,33 @@ def test_every_form_is_measured(
     assert "nf4" in capsys.readouterr().out
 
 
+def test_an_adapters_factors_are_another_form(model_folder: Path, tmp_path: Path) -> None:
+    """Its losses are those of peft; rounded they differ by little."""
+    model = tiny.llama()
+    config = tiny.peft_configs("llama")["lora-r8-all"]
+    folder = tiny.save_random_adapter(model, config, tmp_path / "adapter", scale=0.08)
+    data, out = texts_file(tmp_path / "data.jsonl", {"text": "abc, and more"}), tmp_path / "r.json"
+    perplexity.main(
+        ["--data", str(data), "--model", str(model_folder), "--adapter", str(folder),
+         "--json", str(out)]
+    )  # fmt: skip
+    result = json.loads(out.read_text())
+    found = {
+        (form["quantization"], form["activations"], form["kv_cache"], form["adapter"]): form
+        for form in result["forms"]
+    }
+    assert len(found) == len(perplexity.FORMS) + len(perplexity.ADAPTER_FORMS)
+    ids = tiny.hf_tokenizer()("abc, and more")["input_ids"]
+    logits = tiny.PeftOracle(model, [(folder, 1.0)]).logits(ids)[:-1]
+    expected = math.exp(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))))
+    whole = found["none", "float", "float32", "float"]["perplexity"]
+    assert whole == pytest.approx(expected, rel=1e-4)
+    rounded = found["none", "float", "float32", "int8"]["perplexity"]
+    assert rounded == pytest.approx(whole, rel=0.02)
+    assert rounded != whole
+    assert result["adapter"] == "adapter"
+
+
 def test_forms_of_some_weights(model_folder: Path, tmp_path: Path) -> None:
     data, out = texts_file(tmp_path / "data.jsonl", {"text": "abc"}), tmp_path / "result.json"
     flags = ["--data", str(data), "--model", str(model_folder), "--json", str(out)]

@@ -29,7 +29,7 @@ from peftcore.branches import branches_of, known_model_types
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.errors import ConfigError
 from peftcore.layers import AdapterBatch, AdapterHost, AdapterModule, Segment, attach
-from peftcore.packing import BoundAdapter, bind, pack, packed_bytes, packed_elements
+from peftcore.packing import BoundAdapter, bind, pack, packed_size
 from peftcore.primitives import (
     BiasDelta,
     InputRotation,
@@ -139,7 +139,7 @@ def primitives_of(wrapped: peft.PeftModel) -> list[Primitive]:
 def bound(primitives: Sequence[Primitive], digest: str = "d") -> BoundAdapter:
     """Through an arena that holds exactly this, as the server has it."""
     program = AdapterProgram(digest, "ANY", primitives)
-    arena = AdapterArena(packed_bytes(*packed_elements(program), torch.float32), torch.uint8)
+    arena = AdapterArena(packed_size(program).num_bytes(torch.float32), torch.uint8)
     packed = pack(program, torch.float32)
     offset = arena.allocate(len(packed.data))
     assert offset == 0

@@ -94,6 +94,46 @@ def test_auto_is_a_half_cache_beside_codes(tmp_path: Path, quantization: str) ->
     assert runtime.facts["kv_cache_dtype"] == ("float16" if half else "float32")
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_auto_rounds_adapters_beside_codes(tmp_path: Path, quantization: str) -> None:
+    """They are off by as little as a base's codes are, and take half of what halves take."""
+    model = tiny.llama()
+    lora = tiny.peft_configs("llama")["lora-r8-all"]
+    folder = tiny.save_random_adapter(model, lora, tmp_path / "adapter", scale=0.08)
+    found, sizes, facts = {}, {}, {}
+    for dtype in ("float", "auto", "int8"):
+        given: dict[str, Any] = {"quantization": quantization, "adapter_dtype": dtype}
+        runtime = tiny.runtime(model, tmp_path / dtype, **given)
+        try:
+            config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+            info, _ = runtime.adapters.register("poet", config.read_bytes(), weights)
+            recorder = Recorder(runtime)
+            for name, key in (("tiny", "base"), ("poet", dtype)):
+                with runtime.adapters.lease(name) as lease:
+                    seq = recorder.add(key, list(range(3, 40)), lease, max_tokens=1)
+                recorder.run()
+                (found[key],) = recorder.logits[seq.key]
+            sizes[dtype] = info.num_bytes
+            facts[dtype] = runtime.facts["adapter_dtype"]
+        finally:
+            runtime.close()
+    rounded = kernels() is not None and quantization != "none"
+    assert facts == {"float": "float", "auto": "int8" if rounded else "float", "int8": "int8"}
+    assert torch.equal(found["auto"], found["int8" if rounded else "float"])
+    assert sizes["auto"] == sizes["int8" if rounded else "float"]
+    assert sizes["int8"] < 0.5 * sizes["float"]
+    error = float((found["int8"] - found["float"]).norm())
+    assert 0 < error < 0.03 * float((found["float"] - found["base"]).norm())
+
+
+def test_what_cannot_read_rounded_adapters_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYPEFT_OPS", "triton")
+    with pytest.raises(SetupError, match=r"--adapter-dtype int8: .* triton"):
+        tiny.runtime(tiny.llama(), tmp_path, adapter_dtype="int8")
+
+
 def test_a_half_cache_holds_twice_as_much(tmp_path: Path) -> None:
     blocks = {}
     for dtype in ("auto", "float32", "float16"):

@@ -109,6 +109,21 @@ void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   rows(Int<1>(), Int<4>());
 }
 
+// The same by codes. Inputs are multiplied as the base's are, but for those rounded to eight bits.
+void shrink_by_codes(const Active& s, int64_t from, int64_t to, const Rounded& rounded) {
+  Weight a = s.at->codes;
+  float* shrunk = s.shrunk + from * a.out;
+  const int64_t row = s.start + from, rows = to - from;
+  if (rounded.low && rounded.bits == 16) {
+    a.activation_bits = rounded.bits;
+    multiply_integer(rounded, row, rows, a, 0, a.num_tiles(), 0, shrunk);
+  } else {
+    multiply_float(s.x + row * a.in, rows, false, a, 0, a.num_tiles(), 0, shrunk);
+  }
+  const float factor = s.weight * s.at->scale;
+  for (int64_t i = 0; i < rows * a.out; ++i) shrunk[i] *= factor;
+}
+
 // y[r] += B shrunk[r] for the segment's rows [from, to) and the module's tiles [tile, end): many rows
 // of one tile at a time, or one or two of several; those ask for as many tiles that come next.
 template <class T>
@@ -155,16 +170,6 @@ void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t e
     }
 }
 
-// f(T) of the factors' type.
-template <class F>
-void with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::kFloat: return f(float());
-    case Type::kHalf: return f(Half());
-    case Type::kBFloat16: return f(BFloat16());
-  }
-}
-
 }  // namespace
 
 AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active)
@@ -184,15 +189,15 @@ AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Activ
   float* shrunk = memory.data();
   auto s = active_.data();
   const auto end = s + active_.size();
-  for (const Module& module : modules) {
+  for (size_t m = 0; m < modules.size(); ++m) {
     first_.push_back(s);
-    for (; s != end && s->module == &module; ++s) {
+    for (; s != end && s->module == &modules[m]; ++s) {
       if (!s->at->rank) continue;
       s->shrunk = shrunk;
       const int64_t rows = s->end - s->start;
       shrunk += rows * s->at->rank;
       for (int64_t row = 0; row < rows; row += step)
-        shrinks_.push_back({s, row, std::min(row + step, rows)});
+        shrinks_.push_back({static_cast<int64_t>(m), s, row, std::min(row + step, rows)});
     }
   }
   first_.push_back(s);
@@ -202,18 +207,20 @@ AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Activ
   });
 }
 
-void AdapterTasks::shrink(int64_t i) const {
-  const auto [active, row, stop] = shrinks_[i];
-  const auto factors = [](const Active& s) {
-    const auto* a = static_cast<const char*>(s.at->a);
-    return Ahead{a, a + s.at->rank * s.module->in * (s.at->type == Type::kFloat ? 4 : 2)};
-  };
+void AdapterTasks::shrink(int64_t i, const std::vector<Rounded>& rounded) const {
+  const auto& [module, active, row, stop] = shrinks_[i];
   Ahead ahead;
-  if (i + 1 < num_shrinks() && shrinks_[i + 1].active != active)
-    ahead = factors(*shrinks_[i + 1].active);
-  with_type(active->at->type, [&, s = active, from = row, to = stop](auto type) {
-    polypeft::shrink<decltype(type)>(*s, from, to, ahead);
-  });
+  if (i + 1 < num_shrinks() && shrinks_[i + 1].active != active) {
+    const ModuleAdapter& next = *shrinks_[i + 1].active->at;
+    const auto* a = static_cast<const char*>(next.a);
+    ahead = {a, a + next.rank * next.in * (next.type == Type::kFloat ? 4 : 2)};
+  }
+  switch (active->at->type) {
+    case Type::kFloat: return polypeft::shrink<float>(*active, row, stop, ahead);
+    case Type::kHalf: return polypeft::shrink<Half>(*active, row, stop, ahead);
+    case Type::kBFloat16: return polypeft::shrink<BFloat16>(*active, row, stop, ahead);
+    case Type::kByte: return shrink_by_codes(*active, row, stop, rounded[module]);
+  }
 }
 
 void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t tile,
@@ -226,9 +233,13 @@ void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t til
     }
   };
   each([&](const Active& s, int64_t from, int64_t to) {
-    if (s.at->rank)
-      with_type(s.at->type,
-                [&](auto type) { expand<decltype(type)>(s, from, to, tile, end); });
+    if (!s.at->rank) return;
+    switch (s.at->type) {
+      case Type::kFloat: return expand<float>(s, from, to, tile, end);
+      case Type::kHalf: return expand<Half>(s, from, to, tile, end);
+      case Type::kBFloat16: return expand<BFloat16>(s, from, to, tile, end);
+      case Type::kByte: return expand<int8_t>(s, from, to, tile, end);
+    }
   });
   each([&](const Active& s, int64_t from, int64_t to) {
     if (const float* v = s.at->out_scale)

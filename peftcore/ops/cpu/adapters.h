@@ -4,17 +4,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "matmul.h"
 #include "weight.h"
 
 namespace polypeft {
 
 // What one adapter does at one linear module.
 //
-// a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's.
+// a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte, A is an int8 weight
+// of `rank` outputs, whose scales make up for B's too.
 struct ModuleAdapter {
   int64_t in = 0, out = 0;  // 0: nothing at this module
   const void* a = nullptr;
   const void* b = nullptr;
+  Weight codes{};  // A, of kByte
   Type type = Type::kFloat;
   int64_t rank = 0;
   float scale = 0.f;
@@ -69,13 +72,15 @@ class AdapterTasks {
   AdapterTasks(const AdapterTasks&) = delete;
   int64_t work() const { return work_; }  // multiplications
   int64_t num_shrinks() const { return static_cast<int64_t>(shrinks_.size()); }
-  void shrink(int64_t i) const;
+  // rounded: of each module's inputs, where they are, or null.
+  void shrink(int64_t i, const std::vector<Rounded>& rounded) const;
   // To rows [row, stop) of a module's tiles [tile, end).
   void finish(int64_t module, int64_t row, int64_t stop, int64_t tile, int64_t end) const;
 
  private:
   // A block of a segment's rows at one module.
   struct Shrink {
+    int64_t module;
     const Active* active;
     int64_t row, stop;
   };

@@ -75,20 +75,32 @@ struct PyAdapter {
   std::vector<Tensor> held;
 
   void set(int64_t id, int64_t in, int64_t out, const std::optional<Tensor>& a,
-           const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& in_scale,
-           const std::optional<Tensor>& out_scale, const std::optional<Tensor>& bias) {
+           const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& scales,
+           const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale,
+           const std::optional<Tensor>& bias) {
     ModuleAdapter entry;
     entry.in = in;
     entry.out = out;
     TORCH_CHECK_VALUE(0 <= id && id < kMaxModules, "module id: ", id);
     TORCH_CHECK_VALUE(in > 0 && out > 0, "an adapter of [", out, ", ", in, "]");
     TORCH_CHECK_VALUE(a.has_value() == b.has_value(), "a and b come together");
+    TORCH_CHECK_VALUE(scales.has_value() == (a && a->scalar_type() == at::kChar),
+                      "scales go with codes");
     if (a) {
-      TORCH_CHECK_VALUE(a->dim() == 2 && a->size(1) == in, "a: ", a->sizes());
-      entry.rank = a->size(0);
+      TORCH_CHECK_VALUE(b->dim() == 3, "b: ", b->sizes());
+      entry.rank = b->size(1);
       TORCH_CHECK_VALUE(b->numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b->sizes());
-      entry.type = type_of(*a, "a");
-      TORCH_CHECK_VALUE(type_of(*b, "b") == entry.type, "a and b are of two dtypes");
+      if (scales) {
+        check(*b, "b", at::kChar);
+        const PyWeight codes(*a, *scales, std::nullopt, entry.rank, in, 0);
+        entry.codes = codes;
+        entry.type = Type::kByte;
+      } else {
+        TORCH_CHECK_VALUE(a->dim() == 2 && a->size(0) == entry.rank && a->size(1) == in,
+                          "a: ", a->sizes());
+        entry.type = type_of(*a, "a");
+        TORCH_CHECK_VALUE(type_of(*b, "b") == entry.type, "a and b are of two dtypes");
+      }
       entry.a = a->data_ptr();
       entry.b = b->data_ptr();
       entry.scale = static_cast<float>(scale);
@@ -98,7 +110,7 @@ struct PyAdapter {
     entry.bias = floats(bias, "bias", out);
     if (id >= static_cast<int64_t>(adapter.modules.size())) adapter.modules.resize(id + 1);
     adapter.modules[id] = entry;
-    for (const auto* t : {&a, &b, &in_scale, &out_scale, &bias})
+    for (const auto* t : {&a, &b, &scales, &in_scale, &out_scale, &bias})
       if (*t) held.push_back(**t);
   }
 };
@@ -337,7 +349,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<>())
       .def("set", &PyAdapter::set, py::arg("id"), py::arg("in_"), py::arg("out"), py::kw_only(),
            py::arg("a") = py::none(), py::arg("b") = py::none(), py::arg("scale") = 0.0,
-           py::arg("in_scale") = py::none(), py::arg("out_scale") = py::none(),
+           py::arg("scales") = py::none(), py::arg("in_scale") = py::none(), py::arg("out_scale") = py::none(),
            py::arg("bias") = py::none())
       .def("__len__", [](const PyAdapter& a) {
         const auto& all = a.adapter.modules;

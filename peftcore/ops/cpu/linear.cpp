@@ -16,7 +16,7 @@ class TileTasks {
   TileTasks(const std::vector<const float*>& inputs, int64_t rows,
             const std::vector<Module>& modules, const AdapterTasks& adapters)
       : inputs_(inputs), rows_(rows), modules_(modules), adapters_(adapters),
-        prepared_(modules.size()) {
+        laid_(modules.size()), rounded_(modules.size()) {
     prepare();
     int64_t num_tiles = 0;
     for (const Module& m : modules_) num_tiles += tiles_of(m);
@@ -34,7 +34,7 @@ class TileTasks {
   void round(int64_t i) const {
     const auto [m, row] = rounds_[i];
     round_rows(inputs_[m], modules_[m].in, row, std::min(row + kRoundRows, rows_),
-               prepared_[m].rounded);
+               rounded_[m]);
   }
 
   int64_t size() const { return static_cast<int64_t>(tasks_.size()); }
@@ -44,6 +44,8 @@ class TileTasks {
       if (m.weight) work += rows_ * m.in * m.out;
     return work;
   }
+  // What inputs were rounded to, of each module.
+  const std::vector<Rounded>& rounded() const { return rounded_; }
   void run(int64_t i) const {
     const auto [m, tile, end, row] = tasks_[i];
     const int64_t count = std::min(kBlockRows, rows_ - row);
@@ -52,11 +54,6 @@ class TileTasks {
   }
 
  private:
-  // What is multiplied: rows as they are or transposed, or rounded.
-  struct Prepared {
-    const float* rows = nullptr;
-    Rounded rounded{};
-  };
   // A few tiles of one module and a block of rows.
   struct Task {
     int64_t module, tile, end, row;
@@ -69,12 +66,11 @@ class TileTasks {
 
   void multiply(int64_t m, int64_t tile, int64_t end, int64_t row, int64_t count) const {
     const Weight& w = *modules_[m].weight;
-    const Prepared& prepared = prepared_[m];
     float* y = modules_[m].y + row * w.out;
     if (w.activation_bits)
-      multiply_integer(prepared.rounded, row, count, w, tile, end, ahead_, y);
+      multiply_integer(rounded_[m], row, count, w, tile, end, ahead_, y);
     else
-      multiply_float(prepared.rows + row * w.in, count, is_tall(rows_), w, tile, end, ahead_, y);
+      multiply_float(laid_[m] + row * w.in, count, is_tall(rows_), w, tile, end, ahead_, y);
   }
 
   // Once for all modules with the same inputs.
@@ -99,26 +95,26 @@ class TileTasks {
       const Weight* w = modules_[m].weight;
       if (!w) continue;
       const float* x = inputs_[m];
-      prepared_[m].rows = x;
+      laid_[m] = x;
       const Weight* last = m > 0 && x == inputs_[m - 1] ? modules_[m - 1].weight : nullptr;
       const bool as_last = last && last->activation_bits == w->activation_bits;
       if (w->activation_bits) {
         const Rounded rounded = lay_out(*w, rows_, bytes);
-        if (as_last && prepared_[m - 1].rounded.group == rounded.group) {
-          prepared_[m] = prepared_[m - 1];
+        if (as_last && rounded_[m - 1].group == rounded.group) {
+          rounded_[m] = rounded_[m - 1];
           continue;
         }
-        prepared_[m].rounded = rounded;
+        rounded_[m] = rounded;
         bytes += bytes_of(*w, rows_);
         for (int64_t row = 0; row < rows_; row += kRoundRows) rounds_.emplace_back(m, row);
       } else if (is_tall(rows_)) {
         if (as_last) {
-          prepared_[m] = prepared_[m - 1];
+          laid_[m] = laid_[m - 1];
           continue;
         }
         for (int64_t k = 0; k < w->in; ++k)
           for (int64_t r = 0; r < rows_; ++r) floats[k * rows_ + r] = x[r * w->in + k];
-        prepared_[m].rows = floats;
+        laid_[m] = floats;
         floats += rows_ * w->in;
       }
     }
@@ -128,7 +124,9 @@ class TileTasks {
   const int64_t rows_;
   const std::vector<Module>& modules_;
   const AdapterTasks& adapters_;
-  std::vector<Prepared> prepared_;
+  // What is multiplied: rows as they are or transposed, or rounded.
+  std::vector<const float*> laid_;
+  std::vector<Rounded> rounded_;
   std::vector<std::pair<size_t, int64_t>> rounds_;  // a module, and a first row
   std::vector<Task> tasks_;
   int64_t ahead_;
@@ -159,7 +157,7 @@ void linear(const float* x, int64_t rows, const std::vector<Module>& modules, co
   const AdapterTasks adapters(modules, std::move(active));
   const TileTasks tiles(inputs, rows, modules, adapters);
   run_phases({{tiles.num_rounds(), [&](int64_t i) { tiles.round(i); }},
-              {adapters.num_shrinks(), [&](int64_t i) { adapters.shrink(i); }},
+              {adapters.num_shrinks(), [&](int64_t i) { adapters.shrink(i, tiles.rounded()); }},
               {tiles.size(), [&](int64_t i) { tiles.run(i); }}},
              tiles.work() + adapters.work() > 1 << 15);
 }

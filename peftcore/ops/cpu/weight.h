@@ -5,8 +5,8 @@
 
 namespace polypeft {
 
-// How a matrix's numbers are kept.
-enum class Type { kFloat, kHalf, kBFloat16 };
+// How a matrix's numbers are kept; kByte: an adapter's factors, rounded.
+enum class Type { kFloat, kHalf, kBFloat16, kByte };
 
 // A quantized weight in tiles of sixteen outputs; the last tile is filled up with zeros.
 //

@@ -99,13 +99,15 @@ class Base:
 
 @dataclass(frozen=True)
 class At:
-    """What one adapter does at a module: A `[rank, in]`, B `[out, rank]`, and vectors."""
+    """What one adapter does at a module: A `[rank, in]`, B `[out, rank]`, and vectors; scales of
+    factors that are codes, `[rank]`."""
 
     in_: int
     out: int
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 0.0
+    scales: Tensor | None = None
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
     bias: Tensor | None = None
@@ -126,7 +128,11 @@ class At:
         at = cls(in_, out)
         if rank:
             a, b = torch.randn(rank, in_, generator=g), torch.randn(out, rank, generator=g) / rank
-            at = replace(at, a=a.to(dtype), b=b.to(dtype), scale=0.75 + seed % 3)
+            at = replace(at, scale=0.75 + seed % 3)
+            if dtype == torch.int8:
+                a, b = (x.mul(127 / x.abs().max()).round() for x in (a, b))
+                at = replace(at, scales=torch.rand(rank, generator=g) * 1e-3)
+            at = replace(at, a=a.to(dtype), b=b.to(dtype))
         if "i" in vectors:
             at = replace(at, in_scale=torch.rand(in_, generator=g) + 0.5)
         if "o" in vectors:
@@ -135,10 +141,23 @@ class At:
             at = replace(at, bias=torch.randn(out, generator=g))
         return at
 
+    @property
+    def a_t(self) -> Tensor | None:
+        """Aᵀ, with the scales, in float64."""
+        if self.a is None:
+            return None
+        a_t = self.a.T.double()
+        return a_t if self.scales is None else a_t * self.scales.double()
+
     def put(self, adapter: Any, id_: int) -> None:
+        a, scales = self.a, self.scales
+        if a is not None and scales is not None:
+            a, scales = pack_int8(a, scales)
+            scales = tiled(self.scales[:, None])
         adapter.set(
-            id_, self.in_, self.out, a=self.a, b=None if self.b is None else tiled(self.b),
-            scale=self.scale, in_scale=self.in_scale, out_scale=self.out_scale, bias=self.bias,
+            id_, self.in_, self.out, a=a, b=None if self.b is None else tiled(self.b),
+            scale=self.scale, scales=scales, in_scale=self.in_scale, out_scale=self.out_scale,
+            bias=self.bias,
         )  # fmt: skip
 
 
@@ -180,9 +199,9 @@ def adapted(y: Tensor, x: Tensor, id_: int, segments: Sequence[Rows]) -> Tensor:
         at = s.adapter.get(id_)
         if at is None:
             continue
-        if at.a is not None and at.b is not None:
+        if at.a_t is not None and at.b is not None:
             factor = at.scale * s.weight
-            low_rank.append(LowRankPart(s.start, s.end, at.a.T, at.b.T, factor))
+            low_rank.append(LowRankPart(s.start, s.end, at.a_t, at.b.T, factor))
         if at.out_scale is not None:
             scales.append(VectorPart(s.start, s.end, at.out_scale))
         if at.bias is not None:

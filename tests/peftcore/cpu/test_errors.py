@@ -40,6 +40,12 @@ def low_rank(in_: int = 8, out: int = 20, rank: int = 2) -> dict[str, Any]:
     return {"a": torch.zeros(rank, in_), "b": torch.zeros(-(-out // 16), rank, 16)}
 
 
+def codes(in_: int = 8, out: int = 20, rank: int = 2) -> dict[str, Any]:
+    a = torch.zeros(1, -(-in_ // 4), 16, 4, dtype=torch.int8)
+    b = torch.zeros(-(-out // 16), rank, 16, dtype=torch.int8)
+    return {"a": a, "b": b, "scales": torch.ones(1, 16)}
+
+
 def batch(made: Any, start: int = 0, end: int = 3) -> Any:
     return kernels().Batch([(start, end, made, 1.0)])
 
@@ -89,6 +95,18 @@ ADAPTERS: dict[str, Call] = {
         a=torch.zeros(2, 8).double(), b=torch.zeros(2, 2, 16).double()
     ),
     "factors of two dtypes": lambda k: adapter(a=torch.zeros(2, 8).half(), b=torch.zeros(2, 2, 16)),
+    "codes without scales": lambda k: adapter(**codes() | {"scales": None}),
+    "scales without codes": lambda k: adapter(**low_rank(), scales=torch.ones(1, 16)),
+    "scales alone": lambda k: adapter(scales=torch.ones(1, 16)),
+    "scales of two tiles": lambda k: adapter(**codes() | {"scales": torch.ones(2, 16)}),
+    "codes in rows": lambda k: adapter(**codes() | {"a": torch.zeros(2, 8, dtype=torch.int8)}),
+    "codes of A beside halves of B": lambda k: adapter(
+        **codes() | {"b": torch.zeros(2, 2, 16).half()}
+    ),
+    "codes of B beside halves of A": lambda k: adapter(
+        **low_rank() | {"b": torch.zeros(2, 2, 16, dtype=torch.int8)}
+    ),
+    "b of two dimensions": lambda k: adapter(a=torch.zeros(2, 8), b=torch.zeros(4, 16)),
     "an input scale of another size": lambda k: adapter(in_scale=torch.ones(20)),
     "a half output scale": lambda k: adapter(out_scale=torch.ones(20).half()),
     "a bias that lies apart": lambda k: adapter(bias=torch.zeros(40)[::2]),

@@ -37,7 +37,8 @@ SHAPES = [
 ]  # fmt: skip
 #: int8 inputs come in any number.
 INT8_SHAPES = [(1, 1), (1, 2), (3, 5), (33, 70), (17, 127), (20, 1026), (8200, 3)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [*FLOATS, torch.int8]
 #: A mixture of a few ranks: one, pairs, no multiple of four, a whole register tile, many.
 RANKS = [1, 2, 3, 4, 7, 16, 33, 64]
 #: (start, count): rows out of a batch that are computed again without the others.
@@ -184,7 +185,7 @@ def test_a_segment_of_every_rank(ops: Any, rank: int, dtype: torch.dtype) -> Non
 def test_factors_are_read_as_their_dtype_says(ops: Any) -> None:
     """Halves that a float32 reader would take for others: the exact values, no tolerance."""
     x = torch.eye(16)
-    for dtype in DTYPES:
+    for dtype in FLOATS:
         a, b = torch.zeros(1, 16, dtype=dtype), torch.ones(16, 1, dtype=dtype)
         a[0] = torch.tensor([2.0**-k * (1 + k / 64) for k in range(16)]).to(dtype)
         y = torch.zeros(16, 16)
@@ -234,7 +235,7 @@ def test_a_mixture(ops: Any) -> None:
     ats = [
         {0: At.make(64, 48, rank, dtype=dtype, vectors=vectors, seed=rank)}
         for rank, dtype, vectors in [
-            (4, torch.float32, "b"), (16, torch.float16, ""), (3, torch.bfloat16, "b"),
+            (4, torch.float32, "b"), (16, torch.float16, ""), (8, torch.int8, "b"),
         ]
     ]  # fmt: skip
     x = rows_of(12, 64)

@@ -141,7 +141,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(
 
 @pytest.mark.parametrize("bits", BITS)
 def test_adapters_read_the_inputs_as_they_are(ops: Any, bits: int) -> None:
-    """Only the base is rounded, after the adapters' input scales."""
+    """Only the base's are rounded, after the adapters' input scales."""
     base = Base.make("int8", 48, 192, bias=True, activation_bits=bits)
     for num_rows in (5, 16, 40):
         x = rows_of(num_rows, 192)
@@ -154,6 +154,43 @@ def test_adapters_read_the_inputs_as_they_are(ops: Any, bits: int) -> None:
         exact = adapted(base.multiply(near), inputs, 0, segments)
         magnitude = adapted(base.magnitude(near), inputs.abs(), 0, absolute(segments))
         assert_near(linear(x, base, batch_of(segments)), exact, magnitude)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("rank", [1, 8, 16, 40])
+def test_codes_of_adapters_meet_the_rounded_inputs(ops: Any, quantization: str, rank: int) -> None:
+    """Sixteen bits are as good as none; of eight an adapter's factors know nothing."""
+    for bits, in_ in ((16, 192), (16, 1104), (8, 192)):
+        base = Base.make(quantization, 48, in_, bias=True, activation_bits=bits)
+        for num_rows in (5, 16, 230):
+            x = rows_of(num_rows, in_)
+            segments = [
+                Rows(0, 2, {0: At.make(in_, 48, rank, dtype=torch.int8, vectors="iob")}),
+                Rows(2, num_rows, {0: At.make(in_, 48, rank, dtype=torch.int8, seed=1)}, 0.5),
+            ]
+            inputs = scaled(x, 0, segments).float()
+            near, _ = rounded(inputs, quantization, bits)
+            of_adapters = near if bits == 16 else inputs.double()
+            exact = adapted(base.multiply(near), of_adapters, 0, segments)
+            magnitude = adapted(base.magnitude(near), of_adapters.abs(), 0, absolute(segments))
+            for y in by_threads(lambda b=base, x=x, s=segments: linear(x, b, batch_of(s))):
+                assert_near(y, exact, magnitude)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_row_with_codes_has_the_same_bits_whatever_stands_beside_it(
+    ops: Any, quantization: str
+) -> None:
+    """Alone by dot products, among others by AMX where there is AMX."""
+    base = Base.make(quantization, 70, 1104, activation_bits=16)
+    at = {0: At.make(1104, 70, 16, dtype=torch.int8)}
+    x = rows_of(400, 1104)
+    one, two = by_threads(lambda: linear(x, base, batch_of([Rows(0, 399, at)])))
+    assert torch.equal(one, two)
+    for start, count in PARTS:
+        rows = x[start : start + count]
+        for y in by_threads(lambda r=rows: linear(r, base, batch_of([Rows(0, len(r), at)]))):
+            assert torch.equal(y, one[start : start + count])
 
 
 def test_modules_of_one_launch_that_round_differently(ops: Any) -> None:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from safetensors.torch import load_file, save_file
 
 from peftcore.base import BaseModel
+from peftcore.packing import PackedSize
 from peftcore.primitives import tensors_of
 from peftcore.tasks import Tasks
 from server.adapters.admission import validate
@@ -111,7 +112,7 @@ def assert_taken_over(root: Path) -> None:
     assert [alias.name for alias in store.aliases()] == ["clerk", "poet"]
     store.check_integrity()
     store.close()
-    assert user_version(root) == SCHEMA_VERSION == 5
+    assert user_version(root) == SCHEMA_VERSION == 6
 
 
 def test_version_1_keeps_its_adapters_and_names(tmp_path: Path) -> None:
@@ -150,7 +151,8 @@ def test_version_1_can_be_written_to(tmp_path: Path) -> None:
     record = store.record(some_adapters()["poet"][0].digest)
     assert record is not None
     digest = hashlib.sha256(b"new").hexdigest()
-    new = replace(record, digest=digest, num_elements=640, num_half_elements=128)
+    size = PackedSize(640, 128, 9)
+    new = replace(record, digest=digest, **size._asdict())
     with store.staging() as folder:
         for file in FILES:
             (folder / file).write_text("new")
@@ -159,7 +161,7 @@ def test_version_1_can_be_written_to(tmp_path: Path) -> None:
     store.purge(record.digest)
     found = store.record(new.digest)
     assert found is not None
-    assert (found.num_elements, found.num_half_elements) == (640, 128)
+    assert found.packed_size == size
     store.check_integrity()
     store.close()
 
@@ -183,7 +185,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert_taken_over(root)
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(StoreError, match=r"schema version 6; this program knows 5$"):
+    with pytest.raises(StoreError, match=r"schema version 7; this program knows 6$"):
         AdapterStore(root)
     assert user_version(root) == SCHEMA_VERSION + 1
     with closing(sqlite3.connect(root / "registry.sqlite")) as connection:

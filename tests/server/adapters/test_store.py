@@ -33,6 +33,7 @@ def record_of(content: str) -> AdapterRecord:
         rank=8,
         num_elements=1024,
         num_half_elements=960,
+        num_rounded_bytes=640,
         num_virtual_tokens=0,
         virtual_kv=False,
         adds=True,
