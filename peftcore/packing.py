@@ -80,8 +80,8 @@ class PackedAdapter:
 class LowRankFactors(NamedTuple):
     """scale · B A.  a: `[rank, in]`; b_tiles: B in tiles of outputs, `[tiles, rank, 16]`.
 
-    Rounded, both are int8, a as `pack_int8` has it, and scales `[rank tiles, 16]` float32 are what
-    the products of both have to be multiplied with.
+    Rounded, both are int8 as `pack_int8` has them, of a rank filled up to fours, and scales
+    `[rank tiles, 16]` float32 are what the products of both have to be multiplied with.
     """
 
     a: Tensor
@@ -96,13 +96,15 @@ class LowRankFactors(NamedTuple):
         """Aᵀ `[in, rank]`; rounded, without the scales."""
         if self.scales is None:
             return self.a.t()
-        return unpack_int8(self.a, self.b_tiles.shape[1], self.in_).t()
+        return unpack_int8(self.a, 4 * self.b_tiles.shape[1], self.in_).t()
 
     @property
     def b_t(self) -> Tensor:
         """Bᵀ `[rank, out]`, times the scales, in fresh memory."""
-        b_t = untiled(self.b_tiles, self.out).t()
-        return b_t if self.scales is None else b_t * self.scales.view(-1, 1)[: len(b_t)]
+        if self.scales is None:
+            return untiled(self.b_tiles, self.out).t()
+        b_t = unpack_int8(self.b_tiles, self.out, 4 * self.b_tiles.shape[1]).t()
+        return b_t * self.scales.view(-1, 1)[: len(b_t)]
 
 
 @dataclass(eq=False)
@@ -322,8 +324,9 @@ def _rounded(primitive: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
     a, b = primitive.a.float(), primitive.b.float()
     a_largest, b_largest = a.abs().amax(1), b.abs().amax(0)
-    packed, scales = pack_int8(codes(a, a_largest[:, None]), a_largest * b_largest / 127)
-    return packed, tiled(codes(b, b_largest)), scales
+    a_packed, scales = pack_int8(codes(a, a_largest[:, None]), a_largest * b_largest / 127)
+    b_packed, _ = pack_int8(codes(b, b_largest), b_largest.new_ones(len(b)))
+    return a_packed, b_packed, scales
 
 
 def _half_dtype(primitive: Primitive) -> torch.dtype | None:

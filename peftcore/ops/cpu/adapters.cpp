@@ -109,19 +109,34 @@ void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   rows(Int<1>(), Int<4>());
 }
 
-// The same by codes. Inputs are multiplied as the base's are, but for those rounded to eight bits.
-void shrink_by_codes(const Active& s, int64_t from, int64_t to, const Rounded& rounded) {
-  Weight a = s.at->codes;
+// Are factors multiplied as codes with rounded inputs? Of eight bits these would be too coarse.
+bool rounds(const Active& s) {
+  const Weight* base = s.module->weight;
+  return s.at->type == Type::kByte && base && base->activation_bits == 16;
+}
+
+// The same by codes; x: what the module's inputs were rounded to.
+void shrink_codes(const Active& s, int64_t from, int64_t to, const Rounded& x) {
+  const Weight& a = s.at->a_codes;
   float* shrunk = s.shrunk + from * a.out;
   const int64_t row = s.start + from, rows = to - from;
-  if (rounded.low && rounded.bits == 16) {
-    a.activation_bits = rounded.bits;
-    multiply_integer(rounded, row, rows, a, 0, a.num_tiles(), 0, shrunk);
-  } else {
+  if (rounds(s))
+    multiply_integer(x, row, rows, a, 0, a.num_tiles(), 0, shrunk);
+  else
     multiply_float(s.x + row * a.in, rows, false, a, 0, a.num_tiles(), 0, shrunk);
-  }
   const float factor = s.weight * s.at->scale;
   for (int64_t i = 0; i < rows * a.out; ++i) shrunk[i] *= factor;
+  if (rounds(s)) round_rows(s.shrunk, a.out, from, to, s.rounded);
+}
+
+void expand_codes(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
+  const Weight& b = s.at->b_codes;
+  float* y = s.module->y + (s.start + from) * b.out;
+  const int64_t rows = to - from, ahead = end - tile;
+  if (rounds(s))
+    multiply_integer(s.rounded, from, rows, b, tile, end, ahead, y);
+  else
+    multiply_float(s.shrunk + from * b.in, rows, false, b, tile, end, ahead, y);
 }
 
 // y[r] += B shrunk[r] for the segment's rows [from, to) and the module's tiles [tile, end): many rows
@@ -174,19 +189,27 @@ void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t e
 
 AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active)
     : active_(std::move(active)) {
-  int64_t num_rows = 0, num_shrunk = 0;
+  int64_t num_rows = 0, num_shrunk = 0, num_rounded = 0;
+  const auto rounded_size = [](const Active& s) {
+    return rounds(s) ? (rounded_bytes(s.at->b_codes, s.end - s.start) + 63) / 64 * 64 : 0;
+  };
   for (const Active& s : active_) {
     const int64_t rows = s.end - s.start;
     num_rows += rows;
     num_shrunk += rows * s.at->rank;
+    num_rounded += rounded_size(s);
     work_ += rows * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
   }
   thread_local std::vector<float> memory;
+  thread_local std::vector<char> byte_memory;
   if (memory.size() < static_cast<size_t>(num_shrunk)) memory.resize(num_shrunk);
+  if (byte_memory.size() < static_cast<size_t>(num_rounded) + kQuadBytes)
+    byte_memory.resize(num_rounded + kQuadBytes);
   const int64_t share = num_rows / (2 * at::get_num_threads());
   const int64_t step = std::clamp<int64_t>(share, 4, kRows);
   shrinks_.reserve(active_.size());
   float* shrunk = memory.data();
+  char* bytes = aligned(byte_memory.data());
   auto s = active_.data();
   const auto end = s + active_.size();
   for (size_t m = 0; m < modules.size(); ++m) {
@@ -194,6 +217,8 @@ AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Activ
     for (; s != end && s->module == &modules[m]; ++s) {
       if (!s->at->rank) continue;
       s->shrunk = shrunk;
+      if (rounds(*s)) s->rounded = lay_out(s->at->b_codes, s->end - s->start, bytes);
+      bytes += rounded_size(*s);
       const int64_t rows = s->end - s->start;
       shrunk += rows * s->at->rank;
       for (int64_t row = 0; row < rows; row += step)
@@ -219,7 +244,7 @@ void AdapterTasks::shrink(int64_t i, const std::vector<Rounded>& rounded) const 
     case Type::kFloat: return polypeft::shrink<float>(*active, row, stop, ahead);
     case Type::kHalf: return polypeft::shrink<Half>(*active, row, stop, ahead);
     case Type::kBFloat16: return polypeft::shrink<BFloat16>(*active, row, stop, ahead);
-    case Type::kByte: return shrink_by_codes(*active, row, stop, rounded[module]);
+    case Type::kByte: return shrink_codes(*active, row, stop, rounded[module]);
   }
 }
 
@@ -238,7 +263,7 @@ void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t til
       case Type::kFloat: return expand<float>(s, from, to, tile, end);
       case Type::kHalf: return expand<Half>(s, from, to, tile, end);
       case Type::kBFloat16: return expand<BFloat16>(s, from, to, tile, end);
-      case Type::kByte: return expand<int8_t>(s, from, to, tile, end);
+      case Type::kByte: return expand_codes(s, from, to, tile, end);
     }
   });
   each([&](const Active& s, int64_t from, int64_t to) {

@@ -11,13 +11,13 @@ namespace polypeft {
 
 // What one adapter does at one linear module.
 //
-// a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte, A is an int8 weight
-// of `rank` outputs, whose scales make up for B's too.
+// a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte, they are int8 weights
+// of `rank` outputs and inputs, the scales of the first making up for the second's.
 struct ModuleAdapter {
   int64_t in = 0, out = 0;  // 0: nothing at this module
   const void* a = nullptr;
   const void* b = nullptr;
-  Weight codes{};  // A, of kByte
+  Weight a_codes{}, b_codes{};  // of kByte
   Type type = Type::kFloat;
   int64_t rank = 0;
   float scale = 0.f;
@@ -61,6 +61,7 @@ struct Active {
   const ModuleAdapter* at;
   float weight;
   float* shrunk = nullptr;  // scale · weight · A x: [end − start][rank]
+  Rounded rounded{};        // the same rounded, where the module's inputs are, and factors are codes
 };
 
 // What a launch's segments do to its modules' y: for each row first the additive parts, then output

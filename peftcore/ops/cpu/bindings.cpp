@@ -87,17 +87,22 @@ struct PyAdapter {
     TORCH_CHECK_VALUE(scales.has_value() == (a && a->scalar_type() == at::kChar),
                       "scales go with codes");
     if (a) {
-      TORCH_CHECK_VALUE(b->dim() == 3, "b: ", b->sizes());
-      entry.rank = b->size(1);
-      TORCH_CHECK_VALUE(b->numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b->sizes());
       if (scales) {
         check(*b, "b", at::kChar);
-        const PyWeight codes(*a, *scales, std::nullopt, entry.rank, in, 0);
-        entry.codes = codes;
+        TORCH_CHECK_VALUE(b->dim() == 4, "b: ", b->sizes());
         entry.type = Type::kByte;
+        entry.rank = 4 * b->size(1);
+        TORCH_CHECK_VALUE(entry.rank > 0 && b->numel() == (out + 15) / 16 * 16 * entry.rank,
+                          "b: ", b->sizes());
+        // They meet rounded inputs where the base's are of sixteen bits.
+        entry.a_codes = PyWeight(*a, *scales, std::nullopt, entry.rank, in, 16);
+        entry.b_codes = Weight{.nf4 = false, .out = out, .in = entry.rank, .group = entry.rank,
+                               .activation_bits = 16, .codes = b->data_ptr(), .scales = nullptr,
+                               .bias = nullptr, .adds = true};
       } else {
-        TORCH_CHECK_VALUE(a->dim() == 2 && a->size(0) == entry.rank && a->size(1) == in,
-                          "a: ", a->sizes());
+        TORCH_CHECK_VALUE(a->dim() == 2 && a->size(1) == in, "a: ", a->sizes());
+        entry.rank = a->size(0);
+        TORCH_CHECK_VALUE(b->numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b->sizes());
         entry.type = type_of(*a, "a");
         TORCH_CHECK_VALUE(type_of(*b, "b") == entry.type, "a and b are of two dtypes");
       }

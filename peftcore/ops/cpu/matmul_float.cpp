@@ -41,7 +41,8 @@ struct Columns {
   float at(int r, int64_t k) const { return x[k * MR + r]; }
 };
 
-// y[r][t] over MR rows and NT tiles: starts at 0 where `from` is 0, else goes on from y.
+// y[r][t] over MR rows and NT tiles: starts at 0 where `from` is 0 and the weight does not add, else goes
+// on from y.
 template <int MR, int NT, class Tiles, class Inputs>
 void multiply(const Tiles& tiles, const Inputs& x, const Weight& w, int64_t tile, int64_t from,
               int64_t to, float* y) {
@@ -51,7 +52,7 @@ void multiply(const Tiles& tiles, const Inputs& x, const Weight& w, int64_t tile
   for (int r = 0; r < MR; ++r)
     for (int t = 0; t < NT; ++t) {
       const float* at = y + r * out + column + t * kLanes;
-      acc[r][t] = from == 0                         ? F16::zero()
+      acc[r][t] = from == 0 && !w.adds             ? F16::zero()
                   : t + 1 < NT || last == kLanes ? F16::load(at)
                                                  : F16::load_n(at, last);
     }
@@ -61,16 +62,16 @@ void multiply(const Tiles& tiles, const Inputs& x, const Weight& w, int64_t tile
       for (int t = 0; t < NT; ++t) acc[r][t] = fma(value, weight[t], acc[r][t]);
     }
   });
-  const bool finished = to == in;
+  const bool finished = to == in, has_scale = finished && !w.nf4 && w.scales;
   for (int t = 0; t < NT; ++t) {
     const int n = t + 1 < NT ? kLanes : last;
     const int64_t c = column + t * kLanes;
     F16 scale, bias;
-    if (finished && !w.nf4) scale = F16::load(w.scales + c);
+    if (has_scale) scale = F16::load(w.scales + c);
     if (finished && w.bias) bias = F16::load_n(w.bias + c, n);
     for (int r = 0; r < MR; ++r) {
       F16 value = acc[r][t];
-      if (finished && !w.nf4) value = value * scale;
+      if (has_scale) value = value * scale;
       if (finished && w.bias) value = value + bias;
       float* at = y + r * out + c;
       n == kLanes ? value.store(at) : value.store_n(at, n);

@@ -61,10 +61,6 @@ struct F16 {
     __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  static F16 load(const int8_t* p) {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
-  }
   // Byte J of each lane's four, signed.
   template <int J>
   static F16 byte(const int8_t* p) {
@@ -136,11 +132,6 @@ struct F16 {
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
     };
     return {{widen(_mm_loadu_si128(at)), widen(_mm_loadu_si128(at + 1))}};
-  }
-  static F16 load(const int8_t* p) {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))}};
   }
   template <int J>
   static F16 byte(const int8_t* p) {

@@ -153,18 +153,19 @@ inline F16 nf4_scale(const Weight& w, int64_t tile, int64_t g) {
 struct Last {
   int64_t column;
   int n;
-  bool has_scale, has_bias;
+  bool has_scale, has_bias, adds;
   F16 scale, bias;
 
   Last(const Weight& w, int64_t tile)
       : column(tile * kLanes), n(static_cast<int>(std::min<int64_t>(kLanes, w.out - column))),
-        has_scale(!w.nf4), has_bias(w.bias) {
+        has_scale(!w.nf4 && w.scales), has_bias(w.bias), adds(w.adds) {
     if (has_scale) scale = F16::load(w.scales + column);
     if (has_bias) bias = F16::load_n(w.bias + column, n);
   }
   void store(F16 sum, float* row) const {
     if (has_scale) sum = sum * scale;
     if (has_bias) sum = sum + bias;
+    if (adds) sum = sum + (n == kLanes ? F16::load(row + column) : F16::load_n(row + column, n));
     n == kLanes ? sum.store(row + column) : sum.store_n(row + column, n);
   }
 };

@@ -18,6 +18,8 @@ enum class Type { kFloat, kHalf, kBFloat16, kByte };
 //
 // activation_bits: 0, inputs are multiplied as they are, in float; 8 or 16, they are rounded to
 // integers of so many bits first, with a step for every group of inputs of each row.
+//
+// adds: outputs are added to what is there; such a weight has codes of int8 and no scales.
 struct Weight {
   bool nf4;
   int64_t out, in, group;
@@ -25,6 +27,7 @@ struct Weight {
   const void* codes;
   const float* scales;
   const float* bias;  // [out] or null
+  bool adds = false;
   int64_t num_tiles() const { return (out + 15) / 16; }
 };
 

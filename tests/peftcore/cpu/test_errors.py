@@ -42,7 +42,7 @@ def low_rank(in_: int = 8, out: int = 20, rank: int = 2) -> dict[str, Any]:
 
 def codes(in_: int = 8, out: int = 20, rank: int = 2) -> dict[str, Any]:
     a = torch.zeros(1, -(-in_ // 4), 16, 4, dtype=torch.int8)
-    b = torch.zeros(-(-out // 16), rank, 16, dtype=torch.int8)
+    b = torch.zeros(-(-out // 16), -(-rank // 4), 16, 4, dtype=torch.int8)
     return {"a": a, "b": b, "scales": torch.ones(1, 16)}
 
 
@@ -106,7 +106,15 @@ ADAPTERS: dict[str, Call] = {
     "codes of B beside halves of A": lambda k: adapter(
         **low_rank() | {"b": torch.zeros(2, 2, 16, dtype=torch.int8)}
     ),
-    "b of two dimensions": lambda k: adapter(a=torch.zeros(2, 8), b=torch.zeros(4, 16)),
+    "codes of B in rows": lambda k: adapter(
+        **codes() | {"b": torch.zeros(2, 4, 16, dtype=torch.int8)}
+    ),
+    "codes of B of one tile": lambda k: adapter(
+        **codes() | {"b": torch.zeros(1, 1, 16, 4, dtype=torch.int8)}
+    ),
+    "codes of B of rank 0": lambda k: adapter(
+        **codes() | {"b": torch.zeros(2, 0, 16, 4, dtype=torch.int8)}
+    ),
     "an input scale of another size": lambda k: adapter(in_scale=torch.ones(20)),
     "a half output scale": lambda k: adapter(out_scale=torch.ones(20).half()),
     "a bias that lies apart": lambda k: adapter(bias=torch.zeros(40)[::2]),
