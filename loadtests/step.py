@@ -149,6 +149,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": args.quantization,
         "activations": args.activations,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "adapter_dtype": args.adapter_dtype,
         "num_threads": args.threads,
         "max_num_seqs": max(args.streams, 1),
     }
@@ -236,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "float32", "float16"), default="auto",
+        help="as polypeft-serve's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter-dtype", choices=("auto", "float", "int8"), default="auto",
         help="as polypeft-serve's",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
