@@ -150,16 +150,14 @@ class At:
         return a_t if self.scales is None else a_t * self.scales.double()
 
     def put(self, adapter: Any, id_: int) -> None:
-        a, b, scales = self.a, self.b, self.scales
-        if a is not None and b is not None and scales is not None:
-            a, scales = pack_int8(a, 127 * scales)
-            b, _ = pack_int8(b, torch.ones(len(b)))
-        elif b is not None:
-            b = tiled(b)
+        factors = {"a": self.a, "b": None if self.b is None else tiled(self.b)}
+        if self.a is not None and self.b is not None and self.scales is not None:
+            a, scales = pack_int8(self.a, 127 * self.scales)
+            b, _ = pack_int8(self.b, torch.ones(len(self.b)))
+            factors = {"a": a, "b": b, "scales": scales}
         adapter.set(
-            id_, self.in_, self.out, a=a, b=b,
-            scale=self.scale, scales=scales, in_scale=self.in_scale, out_scale=self.out_scale,
-            bias=self.bias,
+            id_, self.in_, self.out, **factors, scale=self.scale, in_scale=self.in_scale,
+            out_scale=self.out_scale, bias=self.bias,
         )  # fmt: skip
 
 
