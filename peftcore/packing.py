@@ -26,7 +26,7 @@ from torch import Tensor
 from peftcore.arena import aligned
 from peftcore.ops import select
 from peftcore.ops.segments import module_id
-from peftcore.ops.tiles import TILE, tiled, untiled
+from peftcore.ops.tiles import TILE, num_tiles, tiled, untiled
 from peftcore.primitives import (
     BiasDelta,
     Bottleneck,
@@ -182,7 +182,7 @@ def packed_size(program: AdapterProgram) -> PackedSize:
         total += count
         half += count if kept is not None else 0
         if _is_rounded(primitive):
-            rounded += sum(aligned(t.numel()) * t.itemsize for t in _rounded(primitive))
+            rounded += _rounded_bytes(primitive)
         else:
             rounded += count * (kept or torch.float32).itemsize
     return PackedSize(total, half, rounded)
@@ -327,6 +327,15 @@ def _rounded(primitive: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     a_packed, scales = pack_int8(codes(a, a_largest[:, None]), a_largest * b_largest / 127)
     b_packed, _ = pack_int8(codes(b, b_largest), b_largest.new_ones(len(b)))
     return a_packed, b_packed, scales
+
+
+def _rounded_bytes(primitive: LowRank) -> int:
+    """Of what `_rounded` gives, each aligned."""
+    (rank, in_), out = primitive.a.shape, len(primitive.b)
+    quad = 4 * TILE
+    a, b = num_tiles(rank) * -(-in_ // 4) * quad, num_tiles(out) * -(-rank // 4) * quad
+    scales = num_tiles(rank) * TILE
+    return aligned(a) + aligned(b) + aligned(scales) * torch.float32.itemsize
 
 
 def _half_dtype(primitive: Primitive) -> torch.dtype | None:
