@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftcore.ops.cpu import kernels
+
 #: glibc's names for `mallopt`, and what `bound_malloc` sets them to.
 _MALLOPT = {
     -8: 1,  # M_ARENA_MAX: one heap for all threads
@@ -89,6 +91,14 @@ def bound_malloc() -> None:
     if mallopt is not None:
         for option, value in _MALLOPT.items():
             mallopt(option, value)
+
+
+def align_by_malloc() -> None:
+    """Keep the heap from growing to twice what it holds while tensors come and go, as it does where
+    torch asks glibc for aligned memory; see `ops/cpu/allocator.h`. Without kernels nothing changes.
+    """
+    if kernels() is not None:
+        kernels().allocate_by_malloc()
 
 
 def trim_malloc() -> None:

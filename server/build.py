@@ -17,7 +17,7 @@ from peftcore.base import BaseModel
 from peftcore.checkpoint import adapterhub_format
 from peftcore.checkpoint.adapterhub_heads import HEAD_CONFIG_NAME, HEAD_NAME
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
-from peftcore.memory import trim_malloc
+from peftcore.memory import align_by_malloc, trim_malloc
 from peftcore.ops.cpu import kernels, kernels_status
 from peftcore.packing import PackedAdapter
 from peftcore.quant import Activations, Quantization
@@ -75,6 +75,7 @@ def build_runtime(settings: Settings) -> Runtime:
     folders = adapter_folders(settings)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
+    align_by_malloc()
     folder = resolve_model(settings.model)
     logger.info("base model %s from %s", folder.name, folder.path)
     activations = _activations(settings, device)

@@ -1,7 +1,7 @@
 """A weight's nf4 and int8 codes, as bitsandbytes makes them.
 
-On a CPU they are computed here, bit by bit what its operators compute, a part of the weight at a
-time. On CUDA its own kernels make them.
+On a CPU they are computed here or by our kernels, bit by bit what its operators compute, a part of
+the weight at a time. On CUDA its own kernels make them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftcore.ops.cpu import kernels
 from peftcore.quant.library import bitsandbytes
 
 #: Weights in a block of nf4, which have a scale in common.
@@ -46,19 +47,24 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
         )
         return codes, state.absmax
     flat = weight.reshape(-1)
-    num_whole = flat.numel() // BLOCK * BLOCK
-    codes, scales = [], []
-    for part in flat[:num_whole].split(_CHUNK):
-        blocks = part.view(-1, BLOCK)
-        absmax = blocks.abs().amax(dim=1)
-        codes.append(_nf4_codes(blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)))
-        scales.append(absmax)
-    if num_whole < flat.numel():
-        rest = flat[num_whole:]
-        absmax = rest.abs().amax().clamp(min=1e-38)
-        codes.append(_nf4_codes(rest / absmax))
-        scales.append(absmax.view(1))
-    return torch.cat(codes).view(-1, 1), torch.cat(scales)
+    num_blocks, num_left = divmod(flat.numel(), BLOCK)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    scales = torch.empty(num_blocks + (num_left > 0))
+    whole = flat[: len(flat) - num_left], codes[: num_blocks * BLOCK // 2], scales[:num_blocks]
+    if kernels() is not None:
+        kernels().quantize_nf4_(whole[0], _NF4_BOUNDS, *whole[1:])
+    else:
+        sizes = _CHUNK, _CHUNK // 2, _CHUNK // BLOCK
+        parts = [tensor.split(size) for tensor, size in zip(whole, sizes, strict=True)]
+        for part, out, absmax in zip(*parts, strict=True):
+            blocks = part.view(-1, BLOCK)
+            torch.amax(blocks.abs(), dim=1, out=absmax)
+            out.copy_(_nf4_codes(blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)))
+    if num_left:
+        rest = flat[-num_left:]
+        scales[-1] = rest.abs().amax().clamp(min=1e-38)
+        codes[num_blocks * BLOCK // 2 :] = _nf4_codes(rest / scales[-1])
+    return codes.view(-1, 1), scales
 
 
 def _nf4_codes(scaled: Tensor) -> Tensor:

@@ -29,8 +29,15 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(codes, "_CHUNK", request.param)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_nf4(shape: tuple[int, int], chunk: None) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, (1030, 64)], ids=str)
+@pytest.mark.parametrize("made_by", ["kernels", "torch"])
+def test_nf4(
+    shape: tuple[int, int], made_by: str, chunk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if made_by == "torch":
+        monkeypatch.setattr(codes, "kernels", lambda: None)
+    else:
+        assert codes.kernels() is not None
     weight = weights(shape)
     before = weight.clone()
     expected, state = bnb.functional.quantize_4bit(

@@ -5,9 +5,11 @@
 #include <map>
 #include <memory>
 
+#include "allocator.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "quantize.h"
 
 namespace py = pybind11;
 using namespace polypeft;
@@ -336,6 +338,20 @@ void py_gate(const Tensor& gates, const Tensor& up, const std::string& activatio
        activation == "silu" ? Activation::kSilu : Activation::kGeluTanh);
 }
 
+void py_quantize_nf4(const Tensor& weight, const Tensor& bounds, const Tensor& codes, const Tensor& absmax) {
+  check(weight, "weight", at::kFloat);
+  check(bounds, "bounds", at::kFloat);
+  check(codes, "codes", at::kByte);
+  check(absmax, "absmax", at::kFloat);
+  const int64_t blocks = absmax.numel();
+  TORCH_CHECK_VALUE(bounds.numel() == kBounds && weight.numel() == blocks * kBlock &&
+                        codes.numel() == blocks * kBlock / 2,
+                    "weight: ", weight.sizes(), ", bounds: ", bounds.sizes(), ", codes: ",
+                    codes.sizes(), ", absmax: ", absmax.sizes(), ", in blocks of ", kBlock);
+  quantize_nf4(weight.data_ptr<float>(), blocks, bounds.data_ptr<float>(), codes.data_ptr<uint8_t>(),
+               absmax.data_ptr<float>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -382,5 +398,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("rms_norm", &py_rms_norm, py::arg("x"), py::arg("weight"), py::arg("offset"),
         py::arg("eps"), unlocked);
   m.def("gate_", &py_gate, py::arg("gate"), py::arg("up"), py::arg("activation"), unlocked);
+  m.def("quantize_nf4_", &py_quantize_nf4, py::arg("weight"), py::arg("bounds"), py::arg("codes"),
+        py::arg("absmax"), unlocked);
+  m.def("allocate_by_malloc", &allocate_by_malloc);
   bind_training(m);
 }

@@ -42,6 +42,8 @@ _SOURCES = (
     "matmul_amx.cpp",
     "attention.cpp",
     "elementwise.cpp",
+    "quantize.cpp",
+    "allocator.cpp",
 )
 #: Chooses the instructions, a key of the flags; by default the best that torch finds.
 CAPABILITY_VARIABLE = "POLYPEFT_CPU_CAPABILITY"

@@ -206,6 +206,27 @@ ELEMENTWISE: dict[str, Call] = {
 }
 
 
+def nf4_codes(**given: Tensor) -> Call:
+    of_two_blocks = {
+        "weight": torch.zeros(128),
+        "bounds": torch.zeros(15),
+        "codes": torch.zeros(64, dtype=torch.uint8),
+        "absmax": torch.zeros(2),
+    }
+    return lambda k: k.quantize_nf4_(**of_two_blocks | given)
+
+
+QUANTIZE: dict[str, Call] = {
+    "nf4: half weights": nf4_codes(weight=torch.zeros(128).half()),
+    "nf4: a weight that lies apart": nf4_codes(weight=torch.zeros(256)[::2]),
+    "nf4: a block that is not whole": nf4_codes(weight=torch.zeros(127)),
+    "nf4: fewer bounds": nf4_codes(bounds=torch.zeros(14)),
+    "nf4: codes of less": nf4_codes(codes=torch.zeros(63, dtype=torch.uint8)),
+    "nf4: codes of int8": nf4_codes(codes=torch.zeros(64, dtype=torch.int8)),
+    "nf4: more scales": nf4_codes(absmax=torch.zeros(3)),
+}
+
+
 def plan(
     slots: Tensor | None = None,
     blocks: Tensor | None = None,
@@ -326,7 +347,7 @@ CASES = {
     f"{kind}: {name}": call
     for kind, calls in {
         "weight": WEIGHTS, "adapter": ADAPTERS, "launch": LAUNCHES, "elementwise": ELEMENTWISE,
-        "plan": PLANS, "attention": ATTENTION,
+        "plan": PLANS, "attention": ATTENTION, "quantize": QUANTIZE,
     }.items()
     for name, call in calls.items()
 }  # fmt: skip
@@ -347,6 +368,7 @@ def test_what_the_cases_begin_with_fits(ops: Any) -> None:
     ops.unpack_(int8(), 0, 20, True, torch.zeros(8, 20))
     ops.rms_norm(X, torch.ones(8), 0.0, 1e-6)
     ops.gate_(X.clone(), X, "silu")
+    nf4_codes()(ops)
     nf4(2, 1, 16)
     nf4(2, 2, 16)
     codes = torch.zeros(2, 2, 16, 4, dtype=torch.int8)
