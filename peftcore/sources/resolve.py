@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -275,7 +275,7 @@ def _convert_once(gguf: Path, spec: str, cache: Path) -> ModelFolder:
     # "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf": the model's name, then how its
     # numbers were stored. `general.name` in the metadata is often a training run's name instead.
     name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", gguf.stem, flags=re.IGNORECASE)
-    key = hashlib.sha256(f"{CONVERTER_VERSION} {_sha256(gguf)}".encode()).hexdigest()[:12]
+    key = _key(CONVERTER_VERSION, _known_sha256(gguf, cache))
     target = cache / "models" / f"{_slug(name)}-{key}"
     try:
         folder = _make_once(target, lambda scratch: convert_gguf(gguf, scratch))
@@ -290,6 +290,26 @@ def _convert_once(gguf: Path, spec: str, cache: Path) -> ModelFolder:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_sha256(path: Path, cache: Path) -> str:
+    """The same, read once: until the file's size or time changes, its digest is kept."""
+    path = path.resolve()
+    stat = path.stat()
+    kept = cache / "digests" / _key(path, stat.st_size, stat.st_mtime_ns)
+    with suppress(OSError, ValueError):
+        if len(bytes.fromhex(digest := kept.read_text())) == hashlib.sha256().digest_size:
+            return digest
+    digest = _sha256(path)
+    with suppress(OSError):  # a cache may be there to be read alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(digest)
+    return digest
+
+
+def _key(*parts: object) -> str:
+    """A short name for what `parts` say."""
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:12]
 
 
 def _slug(text: str) -> str:

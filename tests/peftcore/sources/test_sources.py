@@ -203,6 +203,40 @@ def test_other_content_or_another_converter_converts_anew(tmp_path, cache, conve
     assert len({first.path, second.path, third.path}) == len(converted) == 3
 
 
+def test_a_file_is_read_once_until_it_changes(tmp_path, cache, converted, monkeypatch):
+    read = []
+    sha256 = sources._sha256
+    monkeypatch.setattr(sources, "_sha256", lambda path: read.append(path) or sha256(path))
+    path = gguf_file(tmp_path / "m.gguf", b"GGUF 1")
+    link = tmp_path / "link.gguf"
+    link.symlink_to(path)
+    first = resolve_model(str(path), cache_dir=cache)
+    assert resolve_model(str(path), cache_dir=cache) == first
+    resolve_model(str(link), cache_dir=cache)
+    assert len(read) == 1
+
+    time.sleep(0.01)  # the clock of some file systems
+    path.write_bytes(b"GGUF 2")
+    assert resolve_model(str(path), cache_dir=cache).path != first.path
+    assert len(read) == 2
+
+    for kept in (cache / "digests").iterdir():
+        kept.write_text("of a process that was killed")
+    path.write_bytes(b"GGUF 1")
+    assert resolve_model(str(path), cache_dir=cache) == first
+    assert len(read) == 3
+
+
+def test_a_cache_that_is_only_read_serves(tmp_path, cache, converted, monkeypatch):
+    path = gguf_file(tmp_path / "m.gguf")
+    first = resolve_model(str(path), cache_dir=cache)
+    for kept in (cache / "digests").iterdir():
+        kept.unlink()
+    (cache / "digests").rmdir()
+    (cache / "digests").write_text("where no folder can be made")
+    assert resolve_model(str(path), cache_dir=cache) == first
+
+
 def test_a_crash_leaves_nothing_that_is_taken(tmp_path, cache, converted, monkeypatch):
     path = gguf_file(tmp_path / "m.gguf")
     convert = sources.convert_gguf
