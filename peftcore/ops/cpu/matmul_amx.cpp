@@ -22,18 +22,19 @@ bool ask_for_registers() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// This thread's: 0 to 3 are sums, 4 and 5 the rows' low and high bytes, 6 and 7 weights.
+// This thread's: 0 to 3 are sums, 4 and 5 the rows' low and high bytes, 6 and 7 weights of `depth`
+// inputs, a multiple of four.
 class Registers {
  public:
-  explicit Registers(int64_t rows) {
+  Registers(int64_t rows, int64_t depth) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = kQuadBytes;
-      config.rows[i] = static_cast<uint8_t>(i < 6 ? std::min(rows, kRows) : kRows);
+      config.row_bytes[i] = i == 4 || i == 5 ? static_cast<uint16_t>(depth) : kQuadBytes;
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? std::min(rows, kRows) : depth / 4);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -68,15 +69,16 @@ struct Codes {
 };
 
 int64_t codes_bytes(const Weight& w) { return (w.in + kDepth - 1) / kDepth * kTileBytes; }
+int64_t depth_of(const Weight& w) { return std::min((w.in + 3) / 4 * 4, kDepth); }
 
 // As they lie, where that is how they lie, or in `memory`.
 template <class Tiles>
 Codes codes_of(const Weight& w, const Tiles& tiles, int64_t tile, int8_t* memory) {
-  if (!w.nf4 && w.in % kDepth == 0)
+  if (!w.nf4 && (w.in < kDepth || w.in % kDepth == 0))
     return {static_cast<const int8_t*>(w.codes) + tile * tiles.tile_bytes(),
             tiles.ahead * tiles.tile_bytes()};
   int8_t* at = memory;
-  tiles.template quads<1>(tile, 0, w.in, [&](int64_t, const Quads(&weight)[1]) {
+  tiles.template quads<1>(tile, 0, w.in, [&](int64_t, auto, const Quads(&weight)[1]) {
     weight[0].store_unbiased(at);
     at += kQuadBytes;
   });
@@ -95,27 +97,62 @@ void sum_group(const Codes (&codes)[NT], const Rounded& x, int64_t row, int64_t 
     unrolled<NT>([&](auto t) {
       const int8_t* at = codes[t].at + k / kDepth * kTileBytes;
       load<6 + t>(at, kQuadBytes);
-      if (codes[t].further) fetch(at + codes[t].further, kTileBytes);
+      if (codes[t].further) fetch(at + codes[t].further, std::min(to - k, kDepth) / 4 * kQuadBytes);
       unrolled<Bytes>([&](auto b) { dot<t * Bytes + b, 4 + b, 6 + t>(); });
     });
   }
+}
+
+template <int NT, int Bytes>
+using Sums = int32_t[NT][Bytes][kRows][kLanes];
+
+template <int NT, int Bytes>
+void store_sums(Sums<NT, Bytes>& sums) {
+  unrolled<NT>([&](auto t) {
+    unrolled<Bytes>([&](auto b) { store<t * Bytes + b>(sums[t][b][0]); });
+  });
+}
+
+template <int NT, int Bytes>
+F16 whole_sum(const Sums<NT, Bytes>& sums, int t, int64_t r) {
+  I16 sum = I16::load(sums[t][0][r]);
+  if constexpr (Bytes == 2) sum = times256(I16::load(sums[t][1][r])) + sum;
+  return to_float(sum);
+}
+
+// The same for a weight of one group of inputs that adds: an adapter's B.
+template <int NT, int Bytes>
+void add(const Codes (&codes)[NT], const Rounded& x, int64_t row, int64_t rows, const Weight& w,
+         int64_t tile, float* y) {
+  alignas(64) Sums<NT, Bytes> sums;
+  sum_group<NT, Bytes>(codes, x, row, 0, w.in);
+  store_sums<NT, Bytes>(sums);
+  unrolled<NT>([&](auto t) {
+    const int64_t column = (tile + t) * kLanes;
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, w.out - column));
+    for (int64_t r = 0; r < rows; ++r) {
+      float* at = y + r * w.out + column;
+      const F16 step = F16::set1(x.steps[row + r]);
+      const F16 sum = fma(whole_sum<NT, Bytes>(sums, t, r), step, F16::zero());
+      n == kLanes ? (sum + F16::load(at)).store(at) : (sum + F16::load_n(at, n)).store_n(at, n);
+    }
+  });
 }
 
 // y for at most a tile of rows and NT of outputs.
 template <int NT, int Bytes>
 void multiply(const Codes (&codes)[NT], const Rounded& x, int64_t row, int64_t rows, const Weight& w,
               int64_t tile, float* y) {
-  alignas(64) int32_t of_group[NT][Bytes][kRows][kLanes];
+  alignas(64) Sums<NT, Bytes> of_group;
   alignas(64) float sums[NT][kRows][kLanes] = {};
   const auto add_group = [&](int64_t g) {
     const float* steps = x.steps + row * x.groups + g;
     unrolled<NT>([&](auto t) {
       const F16 scale = w.nf4 ? nf4_scale(w, tile + t, g) : F16::set1(1.f);
       unrolled<kRows>([&](auto r) {
-        I16 sum = I16::load(of_group[t][0][r]);
-        if constexpr (Bytes == 2) sum = times256(I16::load(of_group[t][1][r])) + sum;
+        const F16 sum = whole_sum<NT, Bytes>(of_group, t, r);
         float* total = sums[t][r];
-        fma(to_float(sum) * scale, F16::set1(steps[r * x.groups]), F16::load(total)).store(total);
+        fma(sum * scale, F16::set1(steps[r * x.groups]), F16::load(total)).store(total);
       });
     });
   };
@@ -124,9 +161,7 @@ void multiply(const Codes (&codes)[NT], const Rounded& x, int64_t row, int64_t r
     const int64_t from = g * x.group;
     sum_group<NT, Bytes>(codes, x, row, from, std::min(from + x.group, w.in));
     if (g > 0) add_group(g - 1);
-    unrolled<NT>([&](auto t) {
-      unrolled<Bytes>([&](auto b) { store<t * Bytes + b>(of_group[t][b][0]); });
-    });
+    store_sums<NT, Bytes>(of_group);
   }
   add_group(x.groups - 1);
   for (int t = 0; t < NT; ++t) {
@@ -142,14 +177,15 @@ void block(const Tiles& tiles, const Rounded& x, int64_t row, int64_t rows, cons
   auto* memory = reinterpret_cast<int8_t*>(scratch(NT * size / sizeof(float)));
   Codes codes[NT];
   for (int t = 0; t < NT; ++t) codes[t] = codes_of(w, tiles, tile + t, memory + t * size);
+  const auto some_rows = w.adds && x.groups == 1 ? add<NT, Bytes> : multiply<NT, Bytes>;
   for (int64_t r = 0; r < rows; r += kRows)
-    multiply<NT, Bytes>(codes, x, row + r, std::min(kRows, rows - r), w, tile, y + r * w.out);
+    some_rows(codes, x, row + r, std::min(kRows, rows - r), w, tile, y + r * w.out);
 }
 
 template <int Bytes, class Tiles>
 void blocks(const Tiles& tiles, const Rounded& x, int64_t row, int64_t rows, const Weight& w,
             int64_t tile, int64_t end, float* y) {
-  const Registers registers(rows);
+  const Registers registers(rows, depth_of(w));
   for (; tile + 2 <= end; tile += 2) block<2, Bytes>(tiles, x, row, rows, w, tile, y);
   if (tile < end) block<1, Bytes>(tiles, x, row, rows, w, tile, y);
 }

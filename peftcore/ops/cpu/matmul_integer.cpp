@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kRows = 6, kTiles = 2;  // of a register tile
 constexpr int64_t kFewRows = 18;
+constexpr int64_t kRowsOfTiles = 5;    // so many share a weight's tile
 constexpr int64_t kGroup = 128;        // inputs of an int8 weight's step
 
 int64_t group_of(const Weight& w) { return w.nf4 ? w.group : kGroup; }
@@ -24,12 +25,12 @@ struct Panel {
 
   template <int NT, class Use>
   void quads(int64_t, int64_t from, int64_t to, const Use& use) const {
-    const uint8_t* at = values + from / 4 * NT * kQuadBytes;
-    for (int64_t q = from / 4; q < (to + 3) / 4; ++q, at += NT * kQuadBytes) {
+    in_pairs(from / 4, (to + 3) / 4, [&](int64_t q, auto parity) POLYPEFT_INLINE {
+      const uint8_t* at = values + q * NT * kQuadBytes;
       Quads w[NT];
       unrolled<NT>([&](auto t) { w[t] = Quads::load(at + t * kQuadBytes); });
-      use(q, w);
-    }
+      use(q, parity, w);
+    });
   }
 };
 
@@ -39,29 +40,33 @@ I16 four_bytes(const int8_t* p) {
   return I16::set1(bytes);
 }
 
-// The sums of one group of inputs, for MR rows and NT tiles.
+// The sums of one group of inputs, for MR rows and NT tiles. Few are summed in two halves, or each
+// product would wait for the one before.
 template <int MR, int NT, int Bytes, class Tiles>
 inline void sum_group(const Tiles& tiles, const Rounded& x, int64_t row, int64_t tile,
                                  int64_t from, int64_t to, I16 (&sums)[MR][NT]) {
-  I16 low[MR][NT], high[MR][NT];
-  unrolled<MR>([&](auto r) {
-    unrolled<NT>([&](auto t) { low[r][t] = high[r][t] = I16::zero(); });
-  });
+  constexpr int kParts = MR * NT * Bytes <= 4 ? 2 : 1;
+  I16 low[kParts][MR][NT], high[kParts][MR][NT];
+  unrolled<kParts * MR * NT>([&](auto i) { low[0][0][i] = high[0][0][i] = I16::zero(); });
   const int64_t start = row * x.stride, stride = x.stride;
   const int8_t *const x_low = x.low + start, *const x_high = x.high + start;
-  tiles.template quads<NT>(tile, from, to, [&](int64_t q, const Quads(&weight)[NT]) POLYPEFT_INLINE {
+  const auto add = [&](int64_t q, auto parity, const Quads(&weight)[NT]) POLYPEFT_INLINE {
+    constexpr int p = decltype(parity)::value % kParts;
     unrolled<MR>([&](auto r) {
       const I16 values = four_bytes(x_low + r * stride + 4 * q);
-      unrolled<NT>([&](auto t) { low[r][t] = dot(low[r][t], weight[t], values); });
+      unrolled<NT>([&](auto t) { low[p][r][t] = dot(low[p][r][t], weight[t], values); });
       if constexpr (Bytes == 2) {
         const I16 upper = four_bytes(x_high + r * stride + 4 * q);
-        unrolled<NT>([&](auto t) { high[r][t] = dot(high[r][t], weight[t], upper); });
+        unrolled<NT>([&](auto t) { high[p][r][t] = dot(high[p][r][t], weight[t], upper); });
       }
     });
-  });
+  };
+  tiles.template quads<NT>(tile, from, to, add);
   unrolled<MR>([&](auto r) {
     unrolled<NT>([&](auto t) {
-      sums[r][t] = Bytes == 2 ? times256(high[r][t]) + low[r][t] : low[r][t];
+      const I16 of_low = kParts == 2 ? low[0][r][t] + low[1][r][t] : low[0][r][t];
+      const I16 of_high = kParts == 2 ? high[0][r][t] + high[1][r][t] : high[0][r][t];
+      sums[r][t] = Bytes == 2 ? times256(of_high) + of_low : of_low;
     });
   });
 }
@@ -125,7 +130,7 @@ void block(const Tiles& tiles, const Rounded& x, int64_t row, int64_t rows, cons
   if (rows <= kFewRows) return all_rows<NT, Bytes>(tiles, x, row, rows, w, tile, y);
   auto* panel = reinterpret_cast<uint8_t*>(scratch((w.in + 7) / 8 * 8 * NT * kLanes / 4));
   uint8_t* at = panel;
-  tiles.template quads<NT>(tile, 0, w.in, [&](int64_t, const Quads(&weight)[NT]) {
+  tiles.template quads<NT>(tile, 0, w.in, [&](int64_t, auto, const Quads(&weight)[NT]) {
     for (int t = 0; t < NT; ++t, at += kQuadBytes) weight[t].store(at);
   });
   all_rows<NT, Bytes>(Panel{panel}, x, row, rows, w, tile, y);
@@ -136,6 +141,43 @@ void blocks(const Tiles& tiles, const Rounded& x, int64_t row, int64_t rows, con
             int64_t tile, int64_t end, float* y) {
   for (; tile + kTiles <= end; tile += kTiles) block<kTiles, Bytes>(tiles, x, row, rows, w, tile, y);
   for (; tile < end; ++tile) block<1, Bytes>(tiles, x, row, rows, w, tile, y);
+}
+
+// For a weight of one group of inputs that adds: the same of NT tiles, of which the last has n outputs.
+template <int NT>
+void add_tiles(const Int8Tiles& tiles, const Rounded& x, int64_t row, int64_t in, int64_t tile,
+               int n, F16 step, I16 correction, float* y) {
+  I16 sums[1][NT];
+  sum_group<1, NT, 2>(tiles, x, row, tile, 0, in, sums);
+  unrolled<NT>([&](auto t) {
+    float* at = y + t * kLanes;
+    const F16 sum = fma(to_float(sums[0][t] - correction), step, F16::zero());
+    t + 1 < NT || n == kLanes ? (sum + F16::load(at)).store(at)
+                              : (sum + F16::load_n(at, n)).store_n(at, n);
+  });
+}
+
+// An adapter's B to rows of its own, which are few: the inputs are, too, so that to come here and to
+// go takes as long as to multiply, and all tiles are done at once.
+void add_rows(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
+              int64_t end, int64_t ahead, float* y) {
+  const Int8Tiles tiles(w, ahead);
+  for (int64_t r = row; r < row + rows; ++r, y += w.out) {
+    const F16 step = F16::set1(x.steps[r]);
+    const I16 correction = I16::set1(x.corrections[r]);
+    int64_t t = tile;
+    const auto add = [&](auto num_tiles) {
+      constexpr int NT = decltype(num_tiles)::value;
+      for (; t + NT <= end; t += NT) {
+        const int64_t left = w.out - (t + NT - 1) * kLanes;
+        add_tiles<NT>(tiles, x, r, w.in, t, static_cast<int>(std::min<int64_t>(kLanes, left)), step,
+                      correction, y + t * kLanes);
+      }
+    };
+    add(Int<4>());
+    add(Int<2>());
+    add(Int<1>());
+  }
 }
 
 F16 load_part(const float* p, int n) { return n == kLanes ? F16::load(p) : F16::load_n(p, n); }
@@ -198,6 +240,8 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
                       int64_t end, int64_t ahead, float* y) {
+  if (rows < kRowsOfTiles && w.adds && x.groups == 1 && x.bits == 16)
+    return add_rows(x, row, rows, w, tile, end, ahead, y);
   if (multiply_amx(x, row, rows, w, tile, end, ahead, y)) return;
   with_integers(w, ahead, [&](const auto& tiles, auto bytes) {
     blocks<decltype(bytes)::value>(tiles, x, row, rows, w, tile, end, y);

@@ -19,10 +19,21 @@ constexpr int8_t kNf4Rounded[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
                                     10, 20, 31, 43, 56, 71, 92, 127};
 
 // `step` calls `use(k, w)` for inputs [from, to) in order, w the weights of NT tiles from `tile` as
-// floats, an int8 weight's without its scale. `quads` calls `use(q, w)` for inputs 4q to 4q + 3 of
-// [from, to), w as integers: an nf4 weight's without its scale and times 127. `from` is a multiple
-// of eight. Both ask for the codes that lie `ahead` tiles further on, so that memory works while
-// they are multiplied.
+// floats, an int8 weight's without its scale. `quads` calls `use(q, parity, w)` for inputs 4q to 4q + 3
+// of [from, to), w as integers: an nf4 weight's without its scale and times 127; parity: Int<q % 2>.
+// `from` is a multiple of eight. Both ask for the codes that lie `ahead` tiles further on, so that
+// memory works while they are multiplied.
+
+// use(q, Int<q % 2>()) for [from, to), from an even number on.
+template <class Use>
+inline void in_pairs(int64_t from, int64_t to, const Use& use) {
+  int64_t q = from;
+  for (; q + 2 <= to; q += 2) {
+    use(q, Int<0>());
+    use(q + 1, Int<1>());
+  }
+  if (q < to) use(q, Int<0>());
+}
 
 struct Int8Tiles {
   const int8_t* codes;
@@ -61,15 +72,15 @@ struct Int8Tiles {
   void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
     const int8_t* at = codes + tile * tile_bytes();
     const int64_t size = tile_bytes(), further = ahead * size;
-    for (int64_t q = from / 4; q < (to + 3) / 4; ++q) {
+    in_pairs(from / 4, (to + 3) / 4, [&](int64_t q, auto parity) POLYPEFT_INLINE {
       Quads w[NT];
       unrolled<NT>([&](auto t) {
         const int8_t* quad = at + t * size + q * kQuadBytes;
         w[t] = Quads::biased(quad);
         fetch(quad + further);
       });
-      use(q, w);
-    }
+      use(q, parity, w);
+    });
   }
 };
 
@@ -129,8 +140,8 @@ struct Nf4Tiles {
         table.look_up(eights, low[t], high[t]);
         fetch(eights + further);
       });
-      use(2 * word, low);
-      use(2 * word + 1, high);
+      use(2 * word, Int<0>(), low);
+      use(2 * word + 1, Int<1>(), high);
     }
   }
 };
