@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from loadtests.traffic import POPULARITIES, choose
 from peftcore.ops import LowRankPart, grouped, reference
 from peftcore.ops.cpu import kernels
 from peftcore.ops.tiles import tiled
-from peftcore.quant import QuantLinear
+from peftcore.packing import FEWEST_ROUNDED, round_factors
+from peftcore.quant import QuantLinear, fast_activations
+from peftcore.quant.linear import ACTIVATION_BITS
 
 #: (out, in) of a layer's linear modules.
 MODULES = tuple(shape for launch in LAUNCHES for shape in launch)
@@ -39,7 +41,8 @@ RANKS = {
     "16": (16,) * NUM_ADAPTERS,
     "4-64": (16, 64, 8, 32, 4, 16, 24, 48, 8, 64, 16, 32, 12, 16, 32, 64),
 }
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+#: int8: rounded, as a server keeps them beside a quantized base; low ranks are in half precision.
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _ZIPF_S = 1.0
 
 OURS, LOOP, GATHERED = "ours", "torch loop", "gathered bmm"
@@ -78,10 +81,12 @@ class Task:
     """Rows of a layer's inputs and of its base's results, and whose they are.
 
     Attributes:
-        factors: of the adapters that have rows.
+        dtype: in which ours has the factors.
+        factors: of the adapters that have rows; in half precision where dtype is int8.
         x, y: by module.
     """
 
+    dtype: torch.dtype
     ranks: Sequence[int]
     segments: Sequence[Segment]
     factors: Factors
@@ -93,25 +98,36 @@ class Task:
         cls, ranks: Sequence[int], dtype: torch.dtype, num_rows: int, segments: Sequence[Segment]
     ) -> Task:
         g = torch.Generator().manual_seed(0)
+        given = torch.float16 if dtype == torch.int8 else dtype
 
         def noise(*shape: int) -> Tensor:
             return torch.randn(shape, generator=g)
 
         factors: Factors = [
             {
-                i: (noise(ranks[i], in_).to(dtype), (noise(out, ranks[i]) / ranks[i]).to(dtype))
+                i: (noise(ranks[i], in_).to(given), (noise(out, ranks[i]) / ranks[i]).to(given))
                 for i in sorted({owner for _, _, owner in segments})
             }
             for out, in_ in MODULES
         ]
         x = [noise(num_rows, in_) for _, in_ in MODULES]
         y = [noise(num_rows, out) for out, _ in MODULES]
-        return cls(ranks, segments, factors, x, y)
+        return cls(dtype, ranks, segments, factors, x, y)
+
+    @cached_property
+    def stored(self) -> list[dict[int, dict[str, Tensor]]]:
+        """The factors as the kernels take them."""
+        return [{i: self._stored(*pair) for i, pair in m.items()} for m in self.factors]
+
+    def _stored(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        if self.dtype == torch.int8 and len(a) >= FEWEST_ROUNDED:
+            return dict(zip(("a", "b", "scales"), round_factors(a, b), strict=True))
+        return {"a": a, "b": tiled(b)}
 
     @property
     def num_bytes(self) -> int:
         """Of the factors that a call reads."""
-        return sum(t.nbytes for module in self.factors for pair in module.values() for t in pair)
+        return sum(t.nbytes for m in self.stored for of in m.values() for t in of.values())
 
     @property
     def num_layers(self) -> int:
@@ -217,20 +233,26 @@ def _contender(name: str, task: Task, layers: Sequence[Layer], num_bytes: int) -
     return Contender(name, [partial(layer, y) for layer in layers], num_bytes, error)
 
 
-def _batch(task: Task, factors: Factors) -> Any:
+def _batch(task: Task) -> Any:
+    """Over copies of the factors."""
     ops = kernels()
-    adapters = {i: ops.Adapter() for i in factors[0]}
-    for id_, ((out, in_), module) in enumerate(zip(MODULES, factors, strict=True)):
-        for i, (a, b) in module.items():
-            adapters[i].set(id_, in_, out, a=a, b=b, scale=_SCALE)
+    adapters = {i: ops.Adapter() for i in task.stored[0]}
+    for id_, ((out, in_), module) in enumerate(zip(MODULES, task.stored, strict=True)):
+        for i, tensors in module.items():
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            adapters[i].set(id_, in_, out, scale=_SCALE, **copies)
     return ops.Batch([(start, end, adapters[i], 1.0) for start, end, i in task.segments])
 
 
 def _batches(task: Task) -> list[Any]:
     if kernels() is None:
         raise Unavailable("no kernels")
-    first: Factors = [{i: (a, tiled(b)) for i, (a, b) in m.items()} for m in task.factors]
-    return [_batch(task, clone(first)) for _ in range(task.num_layers)]
+    return [_batch(task) for _ in range(task.num_layers)]
+
+
+def _no_codes(task: Task) -> None:
+    if task.dtype == torch.int8:
+        raise Unavailable("torch multiplies no codes by floats; see float16")
 
 
 def _ours(task: Task) -> Contender:
@@ -245,6 +267,8 @@ def _ours(task: Task) -> Contender:
 
 
 def _loop(task: Task) -> Contender:
+    _no_codes(task)
+
     def layer(parts: list[list[LowRankPart]], y: list[Tensor]) -> None:
         for result, x, of in zip(y, task.x, parts, strict=True):
             grouped.add_low_rank_(result, x, of)
@@ -258,6 +282,7 @@ def _loop(task: Task) -> Contender:
 
 def _gathered(task: Task) -> Contender:
     """Factors padded to the highest rank there is and gathered for every row, in their dtype."""
+    _no_codes(task)
     used = list(task.factors[0])
     rank = max(task.ranks[i] for i in used)
     row_of = torch.cat(
@@ -286,7 +311,7 @@ def _gathered(task: Task) -> Contender:
 
 def _with_base(task: Task, with_adapters: bool) -> Contender:
     """The whole layer's linears over int8 weights, in the engine's launches."""
-    ops = kernels()
+    ops, bits = kernels(), ACTIVATION_BITS[fast_activations()]
     batches: Sequence[Any] = _batches(task)
     if not with_adapters:
         batches = [None] * len(batches)
@@ -305,7 +330,7 @@ def _with_base(task: Task, with_adapters: bool) -> Contender:
     num_bases = num_copies(num_bytes)
     weights = [
         [
-            ops.Weight(c.codes.clone(), c.absmax.clone(), None, *shape)
+            ops.Weight(c.codes.clone(), c.absmax.clone(), None, *shape, activation_bits=bits)
             for c, shape in zip(codes, MODULES, strict=True)
         ]
         for _ in range(min(num_bases, len(batches)))

@@ -202,7 +202,7 @@ def pack(program: AdapterProgram, dtype: torch.dtype) -> PackedAdapter:
     for primitive in program.primitives:
         places = []
         if dtype == torch.int8 and _is_rounded(primitive):
-            stored = [(tensor, tensor.dtype) for tensor in _rounded(primitive)]
+            stored = [(tensor, tensor.dtype) for tensor in round_factors(primitive.a, primitive.b)]
         else:
             others = torch.float32 if dtype == torch.int8 else dtype
             kept = _half_dtype(primitive) or others
@@ -309,20 +309,28 @@ def _stored(primitive: Primitive) -> tuple[Tensor, ...]:
     return tensors_of(primitive)
 
 
+#: Of a lower rank A's codes, in tiles of sixteen, would be no smaller than its halves.
+FEWEST_ROUNDED = TILE // 2
+
+
 def _is_rounded(primitive: Primitive) -> TypeGuard[LowRank]:
-    """Of a rank below eight A's codes, in tiles of sixteen, would be no smaller than its halves."""
-    return isinstance(primitive, LowRank) and 2 * primitive.rank >= TILE
+    return isinstance(primitive, LowRank) and primitive.rank >= FEWEST_ROUNDED
 
 
-def _rounded(primitive: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def round_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The factors to the nearest of 255 multiples of a step, one for each rank, as they lie in
-    memory; see `LowRankFactors`."""
+    memory: a, b_tiles and scales of `LowRankFactors`.
+
+    Args:
+        a: `[rank, in]`.
+        b: `[out, rank]`.
+    """
 
     def codes(x: Tensor, largest: Tensor) -> Tensor:
         of_zeros = largest == 0
         return (x * (127 / largest.masked_fill(of_zeros, 1))).round_().to(torch.int8)
 
-    a, b = primitive.a.float(), primitive.b.float()
+    a, b = a.float(), b.float()
     a_largest, b_largest = a.abs().amax(1), b.abs().amax(0)
     a_packed, scales = pack_int8(codes(a, a_largest[:, None]), a_largest * b_largest / 127)
     b_packed, _ = pack_int8(codes(b, b_largest), b_largest.new_ones(len(b)))
@@ -330,7 +338,7 @@ def _rounded(primitive: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rounded_bytes(primitive: LowRank) -> int:
-    """Of what `_rounded` gives, each aligned."""
+    """Of what `round_factors` gives, each aligned."""
     (rank, in_), out = primitive.a.shape, len(primitive.b)
     quad = 4 * TILE
     a, b = num_tiles(rank) * -(-in_ // 4) * quad, num_tiles(out) * -(-rank // 4) * quad
@@ -444,6 +452,7 @@ def _add(weights: ModuleWeights, primitive: ModulePrimitive, device: torch.devic
 
 
 __all__ = [
+    "FEWEST_ROUNDED",
     "BoundAdapter",
     "Layout",
     "LowRankFactors",
@@ -454,5 +463,6 @@ __all__ = [
     "pack",
     "packed_size",
     "read_packed",
+    "round_factors",
     "save_packed",
 ]
