@@ -281,14 +281,29 @@ void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t til
 
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,
                  float* out) {
-  std::memcpy(out, x, sizeof(float) * rows * in);
+  std::vector<const float*> scales(rows, nullptr);                  // of each row
+  std::vector<std::pair<int64_t, const float*>> further;  // of rows that have one
   for (const Segment& s : batch) {
     const ModuleAdapter* at = s.adapter->find(id);
     if (!at || !at->in_scale) continue;
-    const float* v = at->in_scale;
     for (int64_t r = s.start; r < s.end; ++r)
-      for (int64_t k = 0; k < in; ++k) out[r * in + k] *= v[k];
+      if (scales[r])
+        further.emplace_back(r, at->in_scale);
+      else
+        scales[r] = at->in_scale;
   }
+  for_each_task((rows + kRows - 1) / kRows, rows * in > 1 << 15, [&](int64_t task) {
+    for (int64_t r = task * kRows; r < std::min(rows, (task + 1) * kRows); ++r) {
+      const float *from = x + r * in, *v = scales[r];
+      float* to = out + r * in;
+      if (v)
+        for (int64_t k = 0; k < in; ++k) to[k] = from[k] * v[k];
+      else
+        std::memcpy(to, from, sizeof(float) * in);
+    }
+  });
+  for (const auto& [r, v] : further)
+    for (int64_t k = 0; k < in; ++k) out[r * in + k] *= v[k];
 }
 
 }  // namespace polypeft

@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <memory>
+
 #include "matmul.h"
 #include "parallel.h"
 
@@ -137,7 +139,7 @@ class TileTasks {
 void linear(const float* x, int64_t rows, const std::vector<Module>& modules, const Batch* batch) {
   if (rows == 0) return;
   std::vector<const float*> inputs(modules.size(), x);
-  std::vector<std::vector<float>> scaled(modules.size());
+  std::vector<std::unique_ptr<float[]>> scaled(modules.size());
   std::vector<Active> active;
   if (batch) active.reserve(batch->size() * modules.size());
   for (size_t m = 0; m < modules.size() && batch; ++m) {
@@ -146,10 +148,10 @@ void linear(const float* x, int64_t rows, const std::vector<Module>& modules, co
       const ModuleAdapter* at = s.adapter->find(modules[m].id);
       if (!at || s.start == s.end) continue;
       active.push_back({&modules[m], x, s.start, s.end, at, s.weight});
-      if (at->in_scale && modules[m].weight && scaled[m].empty()) {
-        scaled[m].resize(rows * modules[m].in);
-        scale_input(x, rows, modules[m].in, modules[m].id, *batch, scaled[m].data());
-        inputs[m] = scaled[m].data();
+      if (at->in_scale && modules[m].weight && !scaled[m]) {
+        scaled[m].reset(new float[rows * modules[m].in]);  // not filled with zeros first
+        scale_input(x, rows, modules[m].in, modules[m].id, *batch, scaled[m].get());
+        inputs[m] = scaled[m].get();
       }
     }
     for (size_t i = first; i < active.size(); ++i) active[i].x = inputs[m];
