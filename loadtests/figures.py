@@ -32,6 +32,18 @@ def figures(phase: Phase) -> dict[str, Any]:
     return found
 
 
+def ratios(rounds: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of output tok/s to the same round of another case, so that what slows a machine down for a
+    while counts on both sides: `ratio`, the median over rounds, and `ratio_p25`, `ratio_p75`.
+    Nothing where the other case has answered nothing."""
+    key = "output_tokens_per_s"
+    pairs = [(a[key], b[key]) for a, b in zip(rounds, others, strict=True)]
+    if not all(b for _, b in pairs):
+        return {}
+    low, middle, high = np.percentile([a / b for a, b in pairs], (25, 50, 75))
+    return {"ratio": float(middle), "ratio_p25": float(low), "ratio_p75": float(high)}
+
+
 def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
     """`{name}_p50_s`, `_p95_s` and `_p99_s`, interpolated; nothing of nothing."""
     if not values:

@@ -15,7 +15,8 @@ Every case is warmed up once; then each round runs every case, every other round
 medians over the rounds count. No two prompts begin with the same token, so no prefix cache helps.
 
     output tok/s    all tokens that were generated / the wall time of the phase
-    ratio           to the output tok/s of the first case
+    ratio           to the output tok/s of the first case in the same round: the median over rounds,
+                    and below the table the quartiles
     TTFT            from when the request was due to its first event with text
     ITL             between two events with text of one request; an event can hold several tokens
     E2E             from when the request was due to the end of its stream
@@ -60,7 +61,7 @@ from transformers import AutoTokenizer
 from clients.client import Client
 from clients.errors import ClientError
 from loadtests.adapters import METHODS, NUM_VIRTUAL_TOKENS, RandomAdapters
-from loadtests.figures import summarize
+from loadtests.figures import ratios, summarize
 from loadtests.local_server import local_server
 from loadtests.peft_baseline import Batch, generate_batches
 from loadtests.phase import Phase, health, run_phase
@@ -194,9 +195,8 @@ def measure(
                 elif bad := [o for o in phase.outcomes if o.status != "ok"]:
                     raise SystemExit(f"{bad[0].model}: {bad[0].status} {bad[0].message}")
     found = [{"case": case.name, **summarize(phases[case.name])} for case in cases]
-    first = found[0]["output_tokens_per_s"]
     for one in found:
-        one["ratio"] = one["output_tokens_per_s"] / first if first else None
+        one |= ratios(one["rounds"], found[0]["rounds"])
     return found
 
 
@@ -316,7 +316,11 @@ def cell(figures: dict[str, Any], key: str, decimals: int, factor: float = 1.0) 
 
 
 def remarks(case: dict[str, Any]) -> Iterator[str]:
-    """Of one case, in lines: its slowest and fastest adapter, loads, errors, and peft."""
+    """Of one case, in lines: the quartiles of its ratio, its slowest and fastest adapter, loads,
+    errors, and peft."""
+    if len(case["rounds"]) > 1 and "ratio" in case:
+        low, middle, high = (case[key] for key in ("ratio_p25", "ratio", "ratio_p75"))
+        yield f"{middle:.3f} of the first case, half of the rounds from {low:.2f} to {high:.2f}"
     fair = case["fairness"]
     if fair.get("num_adapters", 0) > 1:
         ends = [

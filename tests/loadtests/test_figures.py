@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.figures import fairness, figures, jain_index, percentiles, summarize
+from loadtests.figures import fairness, figures, jain_index, percentiles, ratios, summarize
 from loadtests.phase import Outcome, Phase
 
 
@@ -67,3 +67,17 @@ def test_medians_over_rounds() -> None:
     assert (found["num_requests"], found["errors"]) == (4, {"404": 1})
     assert found["messages"] == ["no model a"]
     assert [r["seconds"] for r in found["rounds"]] == [1, 4, 2]
+
+
+def test_ratios_are_of_one_round() -> None:
+    def rounds(*speeds: float) -> list[dict[str, float]]:
+        return [{"output_tokens_per_s": speed} for speed in speeds]
+
+    found = ratios(rounds(90, 40, 35, 80, 45), rounds(100, 50, 50, 100, 50))  # .9 .8 .7 .8 .9
+    assert found == {
+        "ratio": pytest.approx(0.8),
+        "ratio_p25": pytest.approx(0.8),
+        "ratio_p75": pytest.approx(0.9),
+    }
+    assert ratios(rounds(1, 2), rounds(1, 2))["ratio"] == 1
+    assert ratios(rounds(1, 2), rounds(1, 0)) == {}

@@ -281,8 +281,8 @@ void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t til
 
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,
                  float* out) {
-  std::vector<const float*> scales(rows, nullptr);                  // of each row
-  std::vector<std::pair<int64_t, const float*>> further;  // of rows that have one
+  std::vector<const float*> scales(rows, nullptr);
+  std::vector<std::pair<int64_t, const float*>> further;  // of rows that have one already
   for (const Segment& s : batch) {
     const ModuleAdapter* at = s.adapter->find(id);
     if (!at || !at->in_scale) continue;
