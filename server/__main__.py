@@ -7,7 +7,9 @@ import ipaddress
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
@@ -15,10 +17,9 @@ from pydantic_settings import SettingsError
 from server import logs
 from server.settings import Settings, parse
 
-if TYPE_CHECKING:
-    from server.runtime import Runtime
-
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -79,14 +80,7 @@ def serve(settings: Settings) -> None:
     except ValueError as exc:
         sys.exit(f"polypeft-serve: {exc}")
     warn_if_open(settings.host, has_keys=ring is not None)
-
-    def load() -> Runtime:
-        runtime = build_runtime(settings)
-        gc.freeze()  # of what is here nothing will be garbage: no collection looks at it again
-        gc.enable()
-        return runtime
-
-    app = create_app(load, settings, ring)
+    app = create_app(partial(then_collect, partial(build_runtime, settings)), settings, ring)
     try:
         Server(app, host=settings.host, port=settings.port).run()
     except KeyboardInterrupt:  # raised again by uvicorn once it has drained
@@ -96,6 +90,14 @@ def serve(settings: Settings) -> None:
         sys.exit(f"polypeft-serve: {failure}")
     if failure is not None:
         raise failure
+
+
+def then_collect(make: Callable[[], T]) -> T:
+    """What `make` makes; from then on garbage is collected."""
+    made = make()
+    gc.freeze()  # of what is here nothing will be garbage: no collection looks at it again
+    gc.enable()
+    return made
 
 
 def warn_if_open(host: str, *, has_keys: bool) -> None:
