@@ -106,8 +106,9 @@ class AdapterHost:
         self._batch = batch
         adapters = {segment.adapter for segment in (*batch.tokens, *batch.outputs)}
         self.touched: frozenset[str] = frozenset().union(*(a.modules for a in adapters))
-        self.kernel_tokens = self._kernel_batch(batch.tokens)
-        self.kernel_outputs = self._kernel_batch(batch.outputs)
+        self.kernel_tokens = self.kernel_outputs = self._kernel_batch(batch.tokens)
+        if batch.outputs != batch.tokens:  # as they are where each row samples
+            self.kernel_outputs = self._kernel_batch(batch.outputs)
 
     def set_kernel_batch(self, batch: Any) -> None:
         """In place of `batch`: the kernels' own, or None. All that its adapters do the kernels do,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -382,6 +383,12 @@ def bind(
         linears: path → (in, out) of the modules at which kernels act; None for nowhere.
     """
     bound = BoundAdapter(digest)
+    adapter = None
+    if linears is not None:
+        ops = select(buffer.device)
+        assert ops is not None, "linears are named where there are kernels"
+        adapter = ops.Adapter()
+        layout = _give_updates(adapter, layout, buffer, offset, linears)
     for primitive, places in layout:
         views = [_view(buffer, offset, place) for place in places]
         match primitive:
@@ -401,11 +408,40 @@ def bind(
                 _add(weights, at_module, buffer.device)
                 if isinstance(at_module, Bottleneck) and at_module.stream is not None:
                     bound.modules.setdefault(at_module.stream, ModuleWeights()).is_stream = True
-    if linears is not None:
-        ops = select(buffer.device)
-        assert ops is not None, "linears are named where there are kernels"
-        _give_to_kernels(bound, ops.Adapter(), linears)
+    if adapter is not None and linears is not None:
+        _give_to_kernels(bound, adapter, linears)
     return bound
+
+
+def _give_updates(
+    adapter: Any,
+    layout: Layout,
+    buffer: Tensor,
+    offset: int,
+    linears: Mapping[str, tuple[int, int]],
+) -> Layout:
+    """Give the kernels' `adapter` the low-rank updates beside which nothing is done at a linear
+    module, which most adapters consist of, and return the rest. No view is made of them: an adapter
+    has hundreds, and the engine waits while it is bound.
+    """
+    acting = Counter(getattr(primitive, "module", None) for primitive, _ in layout)
+    acting.update(getattr(primitive, "stream", None) for primitive, _ in layout)
+    updates, rest = [], []
+    for primitive, places in layout:
+        size = linears.get(primitive.module) if isinstance(primitive, LowRank) else None
+        if size is None or not isinstance(primitive, LowRank) or acting[primitive.module] > 1:
+            rest.append((primitive, places))
+            continue
+        (rank, in_), out = primitive.a.shape, primitive.b.shape[0]
+        if (in_, out) != size:
+            raise ValueError(
+                f"{primitive.module}: an update of [{out}, {in_}] at one of [{size[1]}, {size[0]}]"
+            )
+        a, b, scales = (*(offset + place.offset for place in places), -1)[:3]
+        of = (module_id(primitive.module), in_, out, rank, places[0].dtype, primitive.scale)
+        updates.append((*of, a, b, scales))
+    adapter.set_low_rank(buffer, updates)
+    return rest
 
 
 def _give_to_kernels(

@@ -39,7 +39,9 @@ class Kernels(Protocol):
         Adapter: `Adapter()`, then for each module
             `set(id, in_, out, *, a, b, scale, in_scale, out_scale, bias)`: a `[rank, in]`, b in
             tiles `[tiles, rank, 16]`, vectors `[in]` or `[out]`, each or None. The CPU's also takes
-            int8 factors and their `scales`, as `LowRankFactors` has them.
+            int8 factors and their `scales`, as `LowRankFactors` has them. Many at once:
+            `set_low_rank(buffer, [(id, in_, out, rank, dtype, scale, a, b, scales)])`, the last
+            three being where they begin in the buffer of bytes; −1 for none.
         Batch: `Batch([(start, end, adapter, weight)])`; `touches(id)`: does it act at a module?
     """
 

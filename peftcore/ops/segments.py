@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,9 +59,13 @@ class RowsPart(NamedTuple):
 
 
 _ids: dict[str, int] = {}
-_counter = itertools.count()
+_ids_lock = threading.Lock()
 
 
 def module_id(path: str) -> int:
     """A number for a module's path, the same for the life of the process."""
-    return _ids.setdefault(path, next(_counter))
+    found = _ids.get(path)
+    if found is None:
+        with _ids_lock:
+            found = _ids.setdefault(path, len(_ids))
+    return found

@@ -490,6 +490,14 @@ def acts_at(bound: BoundAdapter, path: str) -> bool:
     return found
 
 
+def test_ids_of_modules_have_no_gaps() -> None:
+    """Kernels keep tables by id: asking anew uses none up."""
+    first = module_id("a module of this test")
+    for _ in range(3):
+        assert module_id("a module of this test") == first
+    assert module_id("another module of this test") == first + 1
+
+
 @pytest.mark.parametrize("name", list(tiny.peft_configs("llama")))
 def test_the_kernels_get_what_they_know(name: str, world: World) -> None:
     """Modules with nothing but low-rank updates, scales and biases; the others are as without."""
@@ -550,3 +558,9 @@ def test_what_does_not_fit_a_module_is_no_kernels_adapter() -> None:
         with pytest.raises(ValueError, match=r"^(a|b|bias): "):
             in_arena(program, linears={"m": wrong})
     assert len(in_arena(program, linears={"m": (8, 18)})[0].kernel) == 1
+    alone = of(LowRank("m", noise(8, 8), noise(18, 8), 0.5))
+    for dtype in (torch.float32, torch.int8):
+        packed = pack(alone, dtype)
+        with pytest.raises(ValueError, match=r"^m: an update of \[18, 8\] at one of \[17, 8\]$"):
+            bind("d", packed.layout, packed.data, 0, {"m": (8, 17)})
+        assert len(bind("d", packed.layout, packed.data, 0, {"m": (8, 18)}).kernel) == 1

@@ -89,7 +89,7 @@ void expand(const float* shrunk, int64_t rank, const T* b, float* y, int64_t out
 template <class T>
 void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   const auto* a = static_cast<const T*>(s.at->a);
-  const int64_t rank = s.at->rank, in = s.module->in;
+  const int64_t rank = s.rank, in = s.module->in;
   const float factor = s.weight * s.at->scale;
   int64_t r = from;
   const auto rows = [&](auto num_rows, auto num_ranks) {
@@ -109,31 +109,25 @@ void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   rows(Int<1>(), Int<4>());
 }
 
-// Are factors multiplied as codes with rounded inputs? Of eight bits these would be too coarse.
-bool rounds(const Active& s) {
-  const Weight* base = s.module->weight;
-  return s.at->type == Type::kByte && base && base->activation_bits == 16;
-}
-
 // The same by codes; x: what the module's inputs were rounded to.
-void shrink_codes(const Active& s, int64_t from, int64_t to, const Rounded& x) {
+void shrink_codes(const Active& s, int64_t from, int64_t to, const Rounded& x, int64_t ahead) {
   const Weight& a = s.at->a_codes;
   float* shrunk = s.shrunk + from * a.out;
   const int64_t row = s.start + from, rows = to - from;
-  if (rounds(s))
-    multiply_integer(x, row, rows, a, 0, a.num_tiles(), 0, shrunk);
+  if (s.rounds)
+    multiply_integer(x, row, rows, a, 0, a.num_tiles(), ahead, shrunk);
   else
-    multiply_float(s.x + row * a.in, rows, false, a, 0, a.num_tiles(), 0, shrunk);
+    multiply_float(s.x + row * a.in, rows, false, a, 0, a.num_tiles(), ahead, shrunk);
   const float factor = s.weight * s.at->scale;
   for (int64_t i = 0; i < rows * a.out; ++i) shrunk[i] *= factor;
-  if (rounds(s)) round_rows(s.shrunk, a.out, from, to, s.rounded);
+  if (s.rounds) round_rows(s.shrunk, a.out, from, to, s.rounded);
 }
 
 void expand_codes(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
   const Weight& b = s.at->b_codes;
   float* y = s.module->y + (s.start + from) * b.out;
-  const int64_t rows = to - from, ahead = end - tile;
-  if (rounds(s))
+  const int64_t rows = to - from, ahead = (end - tile) * b.tile_bytes();
+  if (s.rounds)
     multiply_integer(s.rounded, from, rows, b, tile, end, ahead, y);
   else
     multiply_float(s.shrunk + from * b.in, rows, false, b, tile, end, ahead, y);
@@ -143,7 +137,7 @@ void expand_codes(const Active& s, int64_t from, int64_t to, int64_t tile, int64
 // of one tile at a time, or one or two of several; those ask for as many tiles that come next.
 template <class T>
 void expand(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
-  const int64_t rank = s.at->rank, out = s.module->out;
+  const int64_t rank = s.rank, out = s.module->out;
   int64_t r = from;
   const auto rows = [&](auto num_rows) {
     constexpr int R = decltype(num_rows)::value;
@@ -185,112 +179,190 @@ void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t e
     }
 }
 
+// A weight of which it is known how its inputs are rounded, as an adapter's B's are, and no more.
+Weight inputs_of_b(int64_t rank) {
+  return {.nf4 = false, .out = 0, .in = rank, .group = rank, .activation_bits = 16,
+          .codes = nullptr, .scales = nullptr, .bias = nullptr};
+}
+
+int64_t bytes_for(int64_t rank, int64_t rows) {
+  return (rounded_bytes(inputs_of_b(rank), rows) + 63) / 64 * 64;
+}
+
 }  // namespace
 
-AdapterTasks::AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active)
-    : active_(std::move(active)) {
-  int64_t num_rows = 0, num_shrunk = 0, num_rounded = 0;
-  const auto rounded_size = [](const Active& s) {
-    return rounds(s) ? (rounded_bytes(s.at->b_codes, s.end - s.start) + 63) / 64 * 64 : 0;
-  };
-  for (const Active& s : active_) {
-    const int64_t rows = s.end - s.start;
-    num_rows += rows;
-    num_shrunk += rows * s.at->rank;
-    num_rounded += rounded_size(s);
-    work_ += rows * (s.at->rank * (s.module->in + s.module->out) + s.module->out);
+void Adapter::set(int64_t id, const ModuleAdapter& entry) {
+  if (id >= num_ids()) by_id_.resize(id + 1);
+  if (by_id_[id]) {
+    *by_id_[id] = entry;
+    return;
   }
+  entries_.push_back(entry);
+  by_id_[id] = &entries_.back();
+}
+
+Batch::Batch(const std::vector<Segment>& segments) {
+  int64_t num_ids = 0;
+  for (const Segment& s : segments) num_ids = std::max(num_ids, s.adapter->num_ids());
+  // First how many there are at each id, a place further on than where they begin.
+  first_.resize(num_ids + 2);
+  const auto each = [&](const auto& use) {
+    for (const Segment& s : segments)
+      for (int64_t id = 0; id < s.adapter->num_ids(); ++id)
+        if (const ModuleAdapter* at = s.adapter->find(id)) use(s, id, *at);
+  };
+  each([&](const Segment&, int64_t id, const ModuleAdapter&) { ++first_[id + 2]; });
+  for (int64_t id = 2; id < num_ids + 2; ++id) first_[id] += first_[id - 1];
+  parts_.resize(first_.back());
+  each([&](const Segment& s, int64_t id, const ModuleAdapter& at) {
+    parts_[first_[id + 1]++] = {s.start, s.end, &at, at.in, at.out, s.weight,
+                                static_cast<int32_t>(at.rank), at.type, at.in_scale != nullptr,
+                                at.out_scale != nullptr, at.bias != nullptr};
+  });
+  first_.pop_back();
+}
+
+AdapterTasks::AdapterTasks(const std::vector<const float*>& inputs,
+                           const std::vector<Module>& modules, const Batch* batch)
+    : of_module_(modules.size()) {
+  size_t num_parts = 0;
+  for (size_t m = 0; m < modules.size() && batch; ++m) num_parts += batch->at(modules[m].id).size();
+  if (num_parts == 0) return;
+  active_.reserve(num_parts);
+  for (size_t m = 0; m < modules.size(); ++m) {
+    const Module& module = modules[m];
+    OfModule& of = of_module_[m];
+    of.first = active_.size();
+    const bool is_rounded = module.weight && module.weight->activation_bits == 16;
+    for (const Part& part : batch->at(module.id)) {
+      if (part.start == part.end) continue;
+      // Of eight bits, rounded inputs would be too coarse for an adapter's factors.
+      active_.push_back({part, &module, static_cast<int64_t>(m), inputs[m],
+                         is_rounded && part.type == Type::kByte});
+      of.scales_outputs |= part.scales_outputs;
+      of.has_bias |= part.has_bias;
+      work_ += (part.end - part.start) * (part.rank * (module.in + module.out) + module.out);
+    }
+    of.last = active_.size();
+  }
+  lay_out_shrunk();
+  share_out();
+}
+
+void AdapterTasks::lay_out_shrunk() {
   thread_local std::vector<float> memory;
   thread_local std::vector<char> byte_memory;
-  if (memory.size() < static_cast<size_t>(num_shrunk)) memory.resize(num_shrunk);
-  if (byte_memory.size() < static_cast<size_t>(num_rounded) + kQuadBytes)
-    byte_memory.resize(num_rounded + kQuadBytes);
-  const int64_t share = num_rows / (2 * at::get_num_threads());
-  const int64_t step = std::clamp<int64_t>(share, 4, kRows);
-  shrinks_.reserve(active_.size());
+  size_t num_floats = 0, num_bytes = kQuadBytes;
+  for (const Active& s : active_) {
+    num_floats += (s.end - s.start) * s.rank;
+    if (s.rounds) num_bytes += bytes_for(s.rank, s.end - s.start);
+  }
+  if (memory.size() < num_floats) memory.resize(num_floats);
+  if (byte_memory.size() < num_bytes) byte_memory.resize(num_bytes);
   float* shrunk = memory.data();
   char* bytes = aligned(byte_memory.data());
-  auto s = active_.data();
-  const auto end = s + active_.size();
-  for (size_t m = 0; m < modules.size(); ++m) {
-    first_.push_back(s);
-    for (; s != end && s->module == &modules[m]; ++s) {
-      if (!s->at->rank) continue;
-      s->shrunk = shrunk;
-      if (rounds(*s)) s->rounded = lay_out(s->at->b_codes, s->end - s->start, bytes);
-      bytes += rounded_size(*s);
-      const int64_t rows = s->end - s->start;
-      shrunk += rows * s->at->rank;
-      for (int64_t row = 0; row < rows; row += step)
-        shrinks_.push_back({static_cast<int64_t>(m), s, row, std::min(row + step, rows)});
-    }
+  for (Active& s : active_) {
+    s.shrunk = shrunk;
+    shrunk += (s.end - s.start) * s.rank;
+    if (!s.rounds || !s.rank) continue;
+    s.rounded = lay_out(inputs_of_b(s.rank), s.end - s.start, bytes);
+    bytes += bytes_for(s.rank, s.end - s.start);
   }
-  first_.push_back(s);
-  // By rows, so that a thread reads one adapter's modules, which lie together.
-  std::sort(shrinks_.begin(), shrinks_.end(), [](const Shrink& a, const Shrink& b) {
-    return std::pair(a.active->start + a.row, a.active) < std::pair(b.active->start + b.row, b.active);
-  });
+}
+
+// By rows, so that a thread reads one adapter's modules, which lie together.
+void AdapterTasks::share_out() {
+  int64_t num_rows = 0;
+  for (const Active& s : active_) num_rows += s.end - s.start;
+  const int64_t step = std::clamp<int64_t>(num_rows / (2 * at::get_num_threads()), 4, kRows);
+  shrinks_.reserve(active_.size());
+  std::vector<size_t> next;  // of each module
+  for (const OfModule& of : of_module_) next.push_back(of.first);
+  for (;;) {
+    int64_t start = -1, rows = 0;  // of the segments that come next
+    for (size_t m = 0; m < next.size(); ++m)
+      if (next[m] < of_module_[m].last && (start < 0 || active_[next[m]].start < start))
+        start = active_[next[m]].start;
+    if (start < 0) return;
+    const auto each = [&](const auto& use) {
+      for (size_t m = 0; m < next.size(); ++m)
+        for (size_t k = next[m]; k < of_module_[m].last && active_[k].start == start; ++k)
+          use(m, active_[k]);
+    };
+    each([&](size_t, const Active& s) { rows = std::max(rows, s.end - start); });
+    for (int64_t row = 0; row < rows; row += step)
+      each([&](size_t, const Active& s) {
+        const int64_t stop = std::min(row + step, s.end - start);
+        if (s.rank && row < stop) shrinks_.push_back({&s, row, stop});
+      });
+    each([&](size_t m, const Active&) { ++next[m]; });
+  }
 }
 
 void AdapterTasks::shrink(int64_t i, const std::vector<Rounded>& rounded) const {
-  const auto& [module, active, row, stop] = shrinks_[i];
+  const auto& [active, row, stop] = shrinks_[i];
+  const auto* a = static_cast<const char*>(active->at->a);
+  const char* next = a;
   Ahead ahead;
   if (i + 1 < num_shrinks() && shrinks_[i + 1].active != active) {
-    const ModuleAdapter& next = *shrinks_[i + 1].active->at;
-    const auto* a = static_cast<const char*>(next.a);
-    ahead = {a, a + next.rank * next.in * (next.type == Type::kFloat ? 4 : 2)};
+    const Active& other = *shrinks_[i + 1].active;
+    next = static_cast<const char*>(other.at->a);
+    ahead = {next, next + other.rank * other.in * (other.type == Type::kFloat ? 4 : 2)};
   }
-  switch (active->at->type) {
+  switch (active->type) {
     case Type::kFloat: return polypeft::shrink<float>(*active, row, stop, ahead);
     case Type::kHalf: return polypeft::shrink<Half>(*active, row, stop, ahead);
     case Type::kBFloat16: return polypeft::shrink<BFloat16>(*active, row, stop, ahead);
-    case Type::kByte: return shrink_codes(*active, row, stop, rounded[module]);
+    case Type::kByte: return shrink_codes(*active, row, stop, rounded[active->index], next - a);
   }
 }
 
 void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t tile,
                           int64_t end) const {
+  const OfModule& of = of_module_[module];
   const auto each = [&](const auto& apply) {
-    for (auto s = first_[module]; s != first_[module + 1]; ++s) {
-      const int64_t from = std::max(row, s->start) - s->start;
-      const int64_t to = std::min(stop, s->end) - s->start;
-      if (from < to) apply(*s, from, to);
+    for (size_t k = of.first; k < of.last; ++k) {
+      const Active& s = active_[k];
+      const int64_t from = std::max(row, s.start) - s.start;
+      const int64_t to = std::min(stop, s.end) - s.start;
+      if (from < to) apply(s, from, to);
     }
   };
   each([&](const Active& s, int64_t from, int64_t to) {
-    if (!s.at->rank) return;
-    switch (s.at->type) {
+    if (!s.rank) return;
+    switch (s.type) {
       case Type::kFloat: return expand<float>(s, from, to, tile, end);
       case Type::kHalf: return expand<Half>(s, from, to, tile, end);
       case Type::kBFloat16: return expand<BFloat16>(s, from, to, tile, end);
       case Type::kByte: return expand_codes(s, from, to, tile, end);
     }
   });
-  each([&](const Active& s, int64_t from, int64_t to) {
-    if (const float* v = s.at->out_scale)
-      each_row(s, from, to, tile, end,
-               [v](F16 a, int64_t c, int n) { return a * F16::load_n(v + c, n); });
-  });
-  each([&](const Active& s, int64_t from, int64_t to) {
-    if (const float* v = s.at->bias)
-      each_row(s, from, to, tile, end, [v, w = F16::set1(s.weight)](F16 a, int64_t c, int n) {
-        return fma(w, F16::load_n(v + c, n), a);
-      });
-  });
+  if (of.scales_outputs)
+    each([&](const Active& s, int64_t from, int64_t to) {
+      if (const float* v = s.at->out_scale)
+        each_row(s, from, to, tile, end,
+                 [v](F16 a, int64_t c, int n) { return a * F16::load_n(v + c, n); });
+    });
+  if (of.has_bias)
+    each([&](const Active& s, int64_t from, int64_t to) {
+      if (const float* v = s.at->bias)
+        each_row(s, from, to, tile, end, [v, w = F16::set1(s.weight)](F16 a, int64_t c, int n) {
+          return fma(w, F16::load_n(v + c, n), a);
+        });
+    });
 }
 
 void scale_input(const float* x, int64_t rows, int64_t in, int64_t id, const Batch& batch,
                  float* out) {
   std::vector<const float*> scales(rows, nullptr);
   std::vector<std::pair<int64_t, const float*>> further;  // of rows that have one already
-  for (const Segment& s : batch) {
-    const ModuleAdapter* at = s.adapter->find(id);
-    if (!at || !at->in_scale) continue;
-    for (int64_t r = s.start; r < s.end; ++r)
+  for (const Part& part : batch.at(id)) {
+    if (!part.scales_inputs) continue;
+    for (int64_t r = part.start; r < part.end; ++r)
       if (scales[r])
-        further.emplace_back(r, at->in_scale);
+        further.emplace_back(r, part.at->in_scale);
       else
-        scales[r] = at->in_scale;
+        scales[r] = part.at->in_scale;
   }
   for_each_task((rows + kRows - 1) / kRows, rows * in > 1 << 15, [&](int64_t task) {
     for (int64_t r = task * kRows; r < std::min(rows, (task + 1) * kRows); ++r) {

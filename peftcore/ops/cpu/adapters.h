@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <span>
 #include <vector>
 
 #include "matmul.h"
@@ -14,7 +16,7 @@ namespace polypeft {
 // a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte, they are int8 weights
 // of `rank` outputs and inputs, the scales of the first making up for the second's.
 struct ModuleAdapter {
-  int64_t in = 0, out = 0;  // 0: nothing at this module
+  int64_t in = 0, out = 0;
   const void* a = nullptr;
   const void* b = nullptr;
   Weight a_codes{}, b_codes{};  // of kByte
@@ -27,13 +29,17 @@ struct ModuleAdapter {
 };
 
 // A resident adapter: what it does at each module, by the module's id.
-struct Adapter {
-  std::vector<ModuleAdapter> modules;
+class Adapter {
+ public:
+  void set(int64_t id, const ModuleAdapter& entry);
+  int64_t num_modules() const { return static_cast<int64_t>(entries_.size()); }
+  int64_t num_ids() const { return static_cast<int64_t>(by_id_.size()); }
   // Null where it does nothing.
-  const ModuleAdapter* find(int64_t id) const {
-    if (id < 0 || id >= static_cast<int64_t>(modules.size()) || !modules[id].in) return nullptr;
-    return &modules[id];
-  }
+  const ModuleAdapter* find(int64_t id) const { return by_id_[id]; }
+
+ private:
+  std::deque<ModuleAdapter> entries_;  // which stay where they are
+  std::vector<ModuleAdapter*> by_id_;
 };
 
 // Rows [start, end) use the adapter, its additive parts times `weight`. Segments of a mixture
@@ -44,7 +50,33 @@ struct Segment {
   float weight;
 };
 
-using Batch = std::vector<Segment>;
+// What a segment does at a module, and of that what it takes to share out the work: `at` itself is
+// seldom in a cache before the work begins.
+struct Part {
+  int64_t start, end;
+  const ModuleAdapter* at;
+  int64_t in, out;
+  float weight;
+  int32_t rank;
+  Type type;
+  bool scales_inputs, scales_outputs, has_bias;
+};
+
+// A step's segments by module, of adapters as they are when it is made: a step's launches ask for every
+// module once, and would find each adapter's entry for it elsewhere.
+class Batch {
+ public:
+  explicit Batch(const std::vector<Segment>& segments);
+  // In the order of the segments.
+  std::span<const Part> at(int64_t id) const {
+    if (id < 0 || id + 1 >= static_cast<int64_t>(first_.size())) return {};
+    return {parts_.data() + first_[id], parts_.data() + first_[id + 1]};
+  }
+
+ private:
+  std::vector<Part> parts_;
+  std::vector<size_t> first_;  // of each id, and the end
+};
 
 // One module of a launch. weight: null where y holds the base's result already.
 struct Module {
@@ -53,15 +85,14 @@ struct Module {
   float* y;  // [rows][out]
 };
 
-// What one segment does at one module of a launch.
-struct Active {
+// A part at one module of a launch.
+struct Active : Part {
   const Module* module;
-  const float* x;  // [rows][in], scaled already
-  int64_t start, end;
-  const ModuleAdapter* at;
-  float weight;
+  int64_t index;            // the module's
+  const float* x;           // [rows][in], scaled already
+  bool rounds;              // are factors multiplied as codes with rounded inputs?
   float* shrunk = nullptr;  // scale · weight · A x: [end − start][rank]
-  Rounded rounded{};        // the same rounded, where the module's inputs are, and factors are codes
+  Rounded rounded{};        // the same rounded, where that is so
 };
 
 // What a launch's segments do to its modules' y: for each row first the additive parts, then output
@@ -69,7 +100,9 @@ struct Active {
 // tile, where the base's result has just been written.
 class AdapterTasks {
  public:
-  AdapterTasks(const std::vector<Module>& modules, std::vector<Active> active);
+  // inputs: of each module, scaled already. batch: or null.
+  AdapterTasks(const std::vector<const float*>& inputs, const std::vector<Module>& modules,
+               const Batch* batch);
   AdapterTasks(const AdapterTasks&) = delete;
   int64_t work() const { return work_; }  // multiplications
   int64_t num_shrinks() const { return static_cast<int64_t>(shrinks_.size()); }
@@ -81,12 +114,19 @@ class AdapterTasks {
  private:
   // A block of a segment's rows at one module.
   struct Shrink {
-    int64_t module;
     const Active* active;
     int64_t row, stop;
   };
+  // Where a module's are, and whether any has these.
+  struct OfModule {
+    size_t first = 0, last = 0;
+    bool scales_outputs = false, has_bias = false;
+  };
+  void lay_out_shrunk();
+  void share_out();
+
   std::vector<Active> active_;
-  std::vector<const Active*> first_;  // of each module, and the end
+  std::vector<OfModule> of_module_;
   std::vector<Shrink> shrinks_;
   int64_t work_ = 0;
 };

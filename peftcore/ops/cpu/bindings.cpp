@@ -72,7 +72,8 @@ struct PyWeight : Weight {
 constexpr int64_t kMaxModules = 1 << 20;
 
 // An adapter, and the tensors that it points into.
-struct PyAdapter {
+class PyAdapter {
+ public:
   Adapter adapter;
   std::vector<Tensor> held;
 
@@ -80,77 +81,120 @@ struct PyAdapter {
            const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& scales,
            const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale,
            const std::optional<Tensor>& bias) {
-    ModuleAdapter entry;
-    entry.in = in;
-    entry.out = out;
-    TORCH_CHECK_VALUE(0 <= id && id < kMaxModules, "module id: ", id);
-    TORCH_CHECK_VALUE(in > 0 && out > 0, "an adapter of [", out, ", ", in, "]");
+    ModuleAdapter entry = entry_of(id, in, out);
     TORCH_CHECK_VALUE(a.has_value() == b.has_value(), "a and b come together");
     TORCH_CHECK_VALUE(scales.has_value() == (a && a->scalar_type() == at::kChar),
                       "scales go with codes");
-    if (a) {
-      if (scales) {
-        check(*b, "b", at::kChar);
-        TORCH_CHECK_VALUE(b->dim() == 4, "b: ", b->sizes());
-        entry.type = Type::kByte;
-        entry.rank = 4 * b->size(1);
-        TORCH_CHECK_VALUE(entry.rank > 0 && b->numel() == (out + 15) / 16 * 16 * entry.rank,
-                          "b: ", b->sizes());
-        // They meet rounded inputs where the base's are of sixteen bits.
-        entry.a_codes = PyWeight(*a, *scales, std::nullopt, entry.rank, in, 16);
-        entry.b_codes = Weight{.nf4 = false, .out = out, .in = entry.rank, .group = entry.rank,
-                               .activation_bits = 16, .codes = b->data_ptr(), .scales = nullptr,
-                               .bias = nullptr, .adds = true};
-      } else {
-        TORCH_CHECK_VALUE(a->dim() == 2 && a->size(1) == in, "a: ", a->sizes());
-        entry.rank = a->size(0);
-        TORCH_CHECK_VALUE(b->numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b->sizes());
-        entry.type = type_of(*a, "a");
-        TORCH_CHECK_VALUE(type_of(*b, "b") == entry.type, "a and b are of two dtypes");
-      }
-      entry.a = a->data_ptr();
-      entry.b = b->data_ptr();
-      entry.scale = static_cast<float>(scale);
-    }
+    if (a) take_factors(entry, *a, *b, scale, scales);
     entry.in_scale = floats(in_scale, "in_scale", in);
     entry.out_scale = floats(out_scale, "out_scale", out);
     entry.bias = floats(bias, "bias", out);
-    if (id >= static_cast<int64_t>(adapter.modules.size())) adapter.modules.resize(id + 1);
-    adapter.modules[id] = entry;
+    adapter.set(id, entry);
     for (const auto* t : {&a, &b, &scales, &in_scale, &out_scale, &bias})
       if (*t) held.push_back(**t);
+  }
+
+  // id, in, out, rank, dtype, scale, and where a, b and scales begin in the buffer, or −1.
+  using Update = std::tuple<int64_t, int64_t, int64_t, int64_t, at::ScalarType, double, int64_t, int64_t,
+                            int64_t>;
+  void set_low_rank(const Tensor& buffer, const std::vector<Update>& updates) {
+    check(buffer, "buffer", at::kByte);
+    const auto view = [&](const char* name, int64_t offset, const std::vector<int64_t>& shape,
+                          at::ScalarType dtype) {
+      int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
+      for (int64_t size : shape) {
+        TORCH_CHECK_VALUE(size <= buffer.numel() / bytes, name, ": ", shape, " in ", buffer.numel(), " bytes");
+        bytes *= size;
+      }
+      TORCH_CHECK_VALUE(0 <= offset && offset <= buffer.numel() - bytes && offset % 64 == 0, name, ": ",
+                        bytes, " bytes at ", offset, " of ", buffer.numel());
+      return at::from_blob(buffer.data_ptr<uint8_t>() + offset, shape, at::dtype(dtype));
+    };
+    for (const auto& [id, in, out, rank, dtype, scale, a, b, scales] : updates) {
+      ModuleAdapter entry = entry_of(id, in, out);
+      TORCH_CHECK_VALUE(0 < rank && std::max({rank, in, out}) <= buffer.numel(), "an update of [", out,
+                        ", ", in, "] and rank ", rank, " in ", buffer.numel(), " bytes");
+      const int64_t tiles = (out + 15) / 16, ranks = (rank + 15) / 16;
+      if (dtype == at::kChar)
+        take_factors(entry, view("a", a, {ranks, (in + 3) / 4, 16, 4}, dtype),
+                     view("b", b, {tiles, (rank + 3) / 4, 16, 4}, dtype), scale,
+                     view("scales", scales, {ranks, 16}, at::kFloat));
+      else
+        take_factors(entry, view("a", a, {rank, in}, dtype), view("b", b, {tiles, rank, 16}, dtype),
+                     scale, std::nullopt);
+      adapter.set(id, entry);
+    }
+    held.push_back(buffer);
+  }
+
+ private:
+  static ModuleAdapter entry_of(int64_t id, int64_t in, int64_t out) {
+    TORCH_CHECK_VALUE(0 <= id && id < kMaxModules, "module id: ", id);
+    TORCH_CHECK_VALUE(in > 0 && out > 0, "an adapter of [", out, ", ", in, "]");
+    ModuleAdapter entry;
+    entry.in = in;
+    entry.out = out;
+    return entry;
+  }
+  // scales: where a and b are codes.
+  static void take_factors(ModuleAdapter& entry, const Tensor& a, const Tensor& b, double scale,
+                           const std::optional<Tensor>& scales) {
+    const int64_t in = entry.in, out = entry.out;
+    if (scales) {
+      check(b, "b", at::kChar);
+      TORCH_CHECK_VALUE(b.dim() == 4, "b: ", b.sizes());
+      entry.type = Type::kByte;
+      entry.rank = 4 * b.size(1);
+      TORCH_CHECK_VALUE(entry.rank > 0 && b.numel() == (out + 15) / 16 * 16 * entry.rank,
+                        "b: ", b.sizes());
+      // They meet rounded inputs where the base's are of sixteen bits.
+      entry.a_codes = PyWeight(a, *scales, std::nullopt, entry.rank, in, 16);
+      entry.b_codes = Weight{.nf4 = false, .out = out, .in = entry.rank, .group = entry.rank,
+                             .activation_bits = 16, .codes = b.data_ptr(), .scales = nullptr,
+                             .bias = nullptr, .adds = true};
+    } else {
+      TORCH_CHECK_VALUE(a.dim() == 2 && a.size(1) == in, "a: ", a.sizes());
+      entry.rank = a.size(0);
+      TORCH_CHECK_VALUE(b.numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b.sizes());
+      entry.type = type_of(a, "a");
+      TORCH_CHECK_VALUE(type_of(b, "b") == entry.type, "a and b are of two dtypes");
+    }
+    entry.a = a.data_ptr();
+    entry.b = b.data_ptr();
+    entry.scale = static_cast<float>(scale);
   }
 };
 
 struct PyBatch {
-  Batch segments;
   std::vector<std::shared_ptr<PyAdapter>> held;
+  int64_t num_rows = 0;
+  Batch batch;
 
-  explicit PyBatch(
-      const std::vector<std::tuple<int64_t, int64_t, std::shared_ptr<PyAdapter>, double>>& given) {
+  using Given = std::vector<std::tuple<int64_t, int64_t, std::shared_ptr<PyAdapter>, double>>;
+  explicit PyBatch(const Given& given) : batch(segments_of(given)) {
+    for (const auto& [start, end, adapter, weight] : given) {
+      num_rows = std::max(num_rows, end);
+      held.push_back(adapter);
+    }
+  }
+  static std::vector<Segment> segments_of(const Given& given) {
+    std::vector<Segment> segments;
     for (const auto& [start, end, adapter, weight] : given) {
       TORCH_CHECK_VALUE(adapter, "a segment without an adapter");
       TORCH_CHECK_VALUE(0 <= start && start <= end, "segment [", start, ", ", end, ")");
       segments.push_back({start, end, &adapter->adapter, static_cast<float>(weight)});
-      held.push_back(adapter);
     }
+    return segments;
   }
-  bool touches(int64_t id) const {
-    for (const Segment& s : segments)
-      if (s.adapter->find(id)) return true;
-    return false;
-  }
+  bool touches(int64_t id) const { return !batch.at(id).empty(); }
   void check_rows(int64_t rows) const {
-    for (const Segment& s : segments)
-      TORCH_CHECK_VALUE(s.end <= rows, "segment [", s.start, ", ", s.end, ") of ", rows, " rows");
+    TORCH_CHECK_VALUE(num_rows <= rows, "segments of ", num_rows, " rows in a batch of ", rows);
   }
   // Without `out`: of an input scale.
   void check_sizes(int64_t id, int64_t in, std::optional<int64_t> out) const {
-    for (const Segment& s : segments) {
-      const ModuleAdapter* at = s.adapter->find(id);
-      TORCH_CHECK_VALUE(!at || (at->in == in && at->out == out.value_or(at->out)), "module ", id,
-                        ": an adapter for [", at->out, ", ", at->in, "] meets ", in, " inputs");
-    }
+    for (const Part& part : batch.at(id))
+      TORCH_CHECK_VALUE(part.in == in && part.out == out.value_or(part.out), "module ", id,
+                        ": an adapter for [", part.out, ", ", part.in, "] meets ", in, " inputs");
   }
 };
 
@@ -189,7 +233,7 @@ std::vector<Tensor> py_linear(const Tensor& input, const std::vector<std::shared
     modules.push_back({weights[i].get(), ids[i], weights[i]->in, weights[i]->out,
                        results.back().data_ptr<float>()});
   }
-  linear(x.data_ptr<float>(), rows, modules, batch ? &batch->segments : nullptr);
+  linear(x.data_ptr<float>(), rows, modules, batch ? &batch->batch : nullptr);
   return results;
 }
 
@@ -200,21 +244,18 @@ void py_add_adapters(const Tensor& y, const Tensor& input, int64_t id, const PyB
   TORCH_CHECK_VALUE(y.numel() == rows * out, "x: ", x.sizes(), " and y: ", y.sizes());
   batch.check_rows(rows);
   batch.check_sizes(id, in, out);
-  linear(x.data_ptr<float>(), rows, {{nullptr, id, in, out, y.data_ptr<float>()}}, &batch.segments);
+  linear(x.data_ptr<float>(), rows, {{nullptr, id, in, out, y.data_ptr<float>()}}, &batch.batch);
 }
 
 Tensor py_scale_input(const Tensor& input, int64_t id, const PyBatch& batch) {
   bool scaled = false;
-  for (const Segment& s : batch.segments) {
-    const ModuleAdapter* at = s.adapter->find(id);
-    scaled |= at && at->in_scale;
-  }
+  for (const Part& part : batch.batch.at(id)) scaled |= part.scales_inputs;
   if (!scaled) return input;
   const Tensor x = as_rows(input, last_size(input, "x"));
   batch.check_rows(x.numel() / x.size(-1));
   batch.check_sizes(id, x.size(-1), std::nullopt);
   Tensor out = at::empty_like(x);
-  scale_input(x.data_ptr<float>(), x.numel() / x.size(-1), x.size(-1), id, batch.segments,
+  scale_input(x.data_ptr<float>(), x.numel() / x.size(-1), x.size(-1), id, batch.batch,
               out.data_ptr<float>());
   return out;
 }
@@ -372,13 +413,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("a") = py::none(), py::arg("b") = py::none(), py::arg("scale") = 0.0,
            py::arg("scales") = py::none(), py::arg("in_scale") = py::none(), py::arg("out_scale") = py::none(),
            py::arg("bias") = py::none())
-      .def("__len__", [](const PyAdapter& a) {
-        const auto& all = a.adapter.modules;
-        return std::count_if(all.begin(), all.end(), [](const ModuleAdapter& m) { return m.in; });
-      });
+      .def("set_low_rank", &PyAdapter::set_low_rank)
+      .def("__len__", [](const PyAdapter& a) { return a.adapter.num_modules(); });
   py::class_<PyBatch, std::shared_ptr<PyBatch>>(m, "Batch")
-      .def(py::init<const std::vector<
-               std::tuple<int64_t, int64_t, std::shared_ptr<PyAdapter>, double>>&>())
+      .def(py::init<const PyBatch::Given&>())
       .def("touches", &PyBatch::touches);
   py::class_<PyPlan, std::shared_ptr<PyPlan>>(m, "Plan")
       .def(py::init<Tensor, Tensor, const std::vector<std::array<int64_t, 4>>&, int64_t>(),

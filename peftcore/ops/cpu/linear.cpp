@@ -23,7 +23,7 @@ class TileTasks {
     int64_t num_tiles = 0;
     for (const Module& m : modules_) num_tiles += tiles_of(m);
     const int64_t step = num_tiles >= 512 ? 8 : num_tiles >= 96 || rows > kBlockRows ? 4 : 2;
-    ahead_ = rows <= kBlockRows ? step : 0;  // else tiles come more than once
+    ahead_ = rows <= kBlockRows ? step : 0;  // tiles; else they come more than once
     for (int64_t m = 0; m < static_cast<int64_t>(modules_.size()); ++m) {
       const int64_t tiles = tiles_of(modules_[m]);
       for (int64_t row = 0; row < rows; row += kBlockRows)
@@ -68,11 +68,12 @@ class TileTasks {
 
   void multiply(int64_t m, int64_t tile, int64_t end, int64_t row, int64_t count) const {
     const Weight& w = *modules_[m].weight;
+    const int64_t ahead = ahead_ * w.tile_bytes();
     float* y = modules_[m].y + row * w.out;
     if (w.activation_bits)
-      multiply_integer(rounded_[m], row, count, w, tile, end, ahead_, y);
+      multiply_integer(rounded_[m], row, count, w, tile, end, ahead, y);
     else
-      multiply_float(laid_[m] + row * w.in, count, is_tall(rows_), w, tile, end, ahead_, y);
+      multiply_float(laid_[m] + row * w.in, count, is_tall(rows_), w, tile, end, ahead, y);
   }
 
   // Once for all modules with the same inputs.
@@ -139,24 +140,18 @@ class TileTasks {
 void linear(const float* x, int64_t rows, const std::vector<Module>& modules, const Batch* batch) {
   if (rows == 0) return;
   std::vector<const float*> inputs(modules.size(), x);
-  std::vector<std::unique_ptr<float[]>> scaled(modules.size());
-  std::vector<Active> active;
-  if (batch) active.reserve(batch->size() * modules.size());
+  std::vector<std::unique_ptr<float[]>> scaled;
   for (size_t m = 0; m < modules.size() && batch; ++m) {
-    const size_t first = active.size();
-    for (const Segment& s : *batch) {
-      const ModuleAdapter* at = s.adapter->find(modules[m].id);
-      if (!at || s.start == s.end) continue;
-      active.push_back({&modules[m], x, s.start, s.end, at, s.weight});
-      if (at->in_scale && modules[m].weight && !scaled[m]) {
-        scaled[m].reset(new float[rows * modules[m].in]);  // not filled with zeros first
-        scale_input(x, rows, modules[m].in, modules[m].id, *batch, scaled[m].get());
-        inputs[m] = scaled[m].get();
-      }
-    }
-    for (size_t i = first; i < active.size(); ++i) active[i].x = inputs[m];
+    const Module& module = modules[m];
+    const auto parts = batch->at(module.id);
+    if (!module.weight || std::none_of(parts.begin(), parts.end(),
+                                       [](const Part& part) { return part.scales_inputs; }))
+      continue;
+    scaled.emplace_back(new float[rows * module.in]);  // not filled with zeros first
+    scale_input(x, rows, module.in, module.id, *batch, scaled.back().get());
+    inputs[m] = scaled.back().get();
   }
-  const AdapterTasks adapters(modules, std::move(active));
+  const AdapterTasks adapters(inputs, modules, batch);
   const TileTasks tiles(inputs, rows, modules, adapters);
   run_phases({{tiles.num_rounds(), [&](int64_t i) { tiles.round(i); }},
               {adapters.num_shrinks(), [&](int64_t i) { adapters.shrink(i, tiles.rounded()); }},

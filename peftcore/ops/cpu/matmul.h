@@ -13,7 +13,7 @@ namespace polypeft {
 bool is_tall(int64_t rows);
 
 // W x + b for the tiles [tile, end) into y [rows][out]. x: [rows][in], or [in][rows] where `tall`.
-// ahead: how many tiles further on this thread will likely go on.
+// ahead: how many bytes after the codes of `tile` lies what this thread will likely read next.
 void multiply_float(const float* x, int64_t rows, bool tall, const Weight& weight, int64_t tile,
                     int64_t end, int64_t ahead, float* y);
 

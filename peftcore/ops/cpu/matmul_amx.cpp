@@ -65,7 +65,7 @@ void dot() {
 // One of a weight's tiles as signed bytes, [⌈in/64⌉][16][64].
 struct Codes {
   const int8_t* at;
-  int64_t further;  // bytes to what is read soon, or 0
+  int64_t ahead;  // as `multiply_integer`'s, or 0
 };
 
 int64_t codes_bytes(const Weight& w) { return (w.in + kDepth - 1) / kDepth * kTileBytes; }
@@ -75,8 +75,8 @@ int64_t depth_of(const Weight& w) { return std::min((w.in + 3) / 4 * 4, kDepth);
 template <class Tiles>
 Codes codes_of(const Weight& w, const Tiles& tiles, int64_t tile, int8_t* memory) {
   if (!w.nf4 && (w.in < kDepth || w.in % kDepth == 0))
-    return {static_cast<const int8_t*>(w.codes) + tile * tiles.tile_bytes(),
-            tiles.ahead * tiles.tile_bytes()};
+    return {static_cast<const int8_t*>(w.codes) + tile * tiles.tile_bytes,
+            tiles.ahead};
   int8_t* at = memory;
   tiles.template quads<1>(tile, 0, w.in, [&](int64_t, auto, const Quads(&weight)[1]) {
     weight[0].store_unbiased(at);
@@ -97,7 +97,7 @@ void sum_group(const Codes (&codes)[NT], const Rounded& x, int64_t row, int64_t 
     unrolled<NT>([&](auto t) {
       const int8_t* at = codes[t].at + k / kDepth * kTileBytes;
       load<6 + t>(at, kQuadBytes);
-      if (codes[t].further) fetch(at + codes[t].further, std::min(to - k, kDepth) / 4 * kQuadBytes);
+      if (codes[t].ahead) fetch(at + codes[t].ahead, std::min(to - k, kDepth) / 4 * kQuadBytes);
       unrolled<Bytes>([&](auto b) { dot<t * Bytes + b, 4 + b, 6 + t>(); });
     });
   }

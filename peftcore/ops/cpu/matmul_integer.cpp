@@ -143,40 +143,57 @@ void blocks(const Tiles& tiles, const Rounded& x, int64_t row, int64_t rows, con
   for (; tile < end; ++tile) block<1, Bytes>(tiles, x, row, rows, w, tile, y);
 }
 
-// For a weight of one group of inputs that adds: the same of NT tiles, of which the last has n outputs.
-template <int NT>
-void add_tiles(const Int8Tiles& tiles, const Rounded& x, int64_t row, int64_t in, int64_t tile,
-               int n, F16 step, I16 correction, float* y) {
-  I16 sums[1][NT];
-  sum_group<1, NT, 2>(tiles, x, row, tile, 0, in, sums);
-  unrolled<NT>([&](auto t) {
-    float* at = y + t * kLanes;
-    const F16 sum = fma(to_float(sums[0][t] - correction), step, F16::zero());
-    t + 1 < NT || n == kLanes ? (sum + F16::load(at)).store(at)
-                              : (sum + F16::load_n(at, n)).store_n(at, n);
+// y += W x for one row and a weight of Q quads of inputs, one group: an adapter's B.
+template <int Q>
+void add_row(const Rounded& x, int64_t row, const Weight& w, int64_t tile, int64_t end,
+             int64_t ahead, float* y) {
+  I16 low[Q], high[Q];
+  unrolled<Q>([&](auto q) {
+    low[q] = four_bytes(x.low + row * x.stride + 4 * q);
+    high[q] = four_bytes(x.high + row * x.stride + 4 * q);
   });
+  const F16 step = F16::set1(x.steps[row]);
+  const I16 correction = I16::set1(x.corrections[row]);
+  const auto* codes = static_cast<const int8_t*>(w.codes) + tile * Q * kQuadBytes;
+  const auto sum = [&](const int8_t* at) POLYPEFT_INLINE {
+    I16 of_low = I16::zero(), of_high = I16::zero();
+    unrolled<Q>([&](auto q) {
+      const Quads quad = Quads::biased(at + q * kQuadBytes);
+      fetch(at + q * kQuadBytes + ahead);
+      of_low = dot(of_low, quad, low[q]);
+      of_high = dot(of_high, quad, high[q]);
+    });
+    return fma(to_float(times256(of_high) + of_low - correction), step, F16::zero());
+  };
+  int64_t t = tile;
+  const int64_t whole = std::min(end, w.out / kLanes);
+  for (; t + 2 <= whole; t += 2, codes += 2 * Q * kQuadBytes) {
+    float* at = y + t * kLanes;
+    const F16 first = sum(codes), second = sum(codes + Q * kQuadBytes);
+    (first + F16::load(at)).store(at);
+    (second + F16::load(at + kLanes)).store(at + kLanes);
+  }
+  for (; t < end; ++t, codes += Q * kQuadBytes) {
+    float* at = y + t * kLanes;
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, w.out - t * kLanes));
+    const F16 one = sum(codes);
+    n == kLanes ? (one + F16::load(at)).store(at) : (one + F16::load_n(at, n)).store_n(at, n);
+  }
 }
 
-// An adapter's B to rows of its own, which are few: the inputs are, too, so that to come here and to
-// go takes as long as to multiply, and all tiles are done at once.
-void add_rows(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
+// An adapter's B to a few rows, where it has one of the usual ranks; false, and nothing is done, where
+// not.
+bool add_rows(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
               int64_t end, int64_t ahead, float* y) {
-  const Int8Tiles tiles(w, ahead);
-  for (int64_t r = row; r < row + rows; ++r, y += w.out) {
-    const F16 step = F16::set1(x.steps[r]);
-    const I16 correction = I16::set1(x.corrections[r]);
-    int64_t t = tile;
-    const auto add = [&](auto num_tiles) {
-      constexpr int NT = decltype(num_tiles)::value;
-      for (; t + NT <= end; t += NT) {
-        const int64_t left = w.out - (t + NT - 1) * kLanes;
-        add_tiles<NT>(tiles, x, r, w.in, t, static_cast<int>(std::min<int64_t>(kLanes, left)), step,
-                      correction, y + t * kLanes);
-      }
-    };
-    add(Int<4>());
-    add(Int<2>());
-    add(Int<1>());
+  const auto each = [&](auto quads) {
+    for (int64_t r = row; r < row + rows; ++r, y += w.out) add_row<quads>(x, r, w, tile, end, ahead, y);
+    return true;
+  };
+  switch (w.in) {
+    case 8: return each(Int<2>());
+    case 16: return each(Int<4>());
+    case 32: return each(Int<8>());
+    default: return false;
   }
 }
 
@@ -240,8 +257,9 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
                       int64_t end, int64_t ahead, float* y) {
-  if (rows < kRowsOfTiles && w.adds && x.groups == 1 && x.bits == 16)
-    return add_rows(x, row, rows, w, tile, end, ahead, y);
+  if (rows < kRowsOfTiles && w.adds && x.groups == 1 && x.bits == 16 &&
+      add_rows(x, row, rows, w, tile, end, ahead, y))
+    return;
   if (multiply_amx(x, row, rows, w, tile, end, ahead, y)) return;
   with_integers(w, ahead, [&](const auto& tiles, auto bytes) {
     blocks<decltype(bytes)::value>(tiles, x, row, rows, w, tile, end, y);

@@ -21,8 +21,8 @@ constexpr int8_t kNf4Rounded[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
 // `step` calls `use(k, w)` for inputs [from, to) in order, w the weights of NT tiles from `tile` as
 // floats, an int8 weight's without its scale. `quads` calls `use(q, parity, w)` for inputs 4q to 4q + 3
 // of [from, to), w as integers: an nf4 weight's without its scale and times 127; parity: Int<q % 2>.
-// `from` is a multiple of eight. Both ask for the codes that lie `ahead` tiles further on, so that
-// memory works while they are multiplied.
+// `from` is a multiple of eight. Both ask for what lies `ahead` bytes further on, so that memory works
+// while these are multiplied.
 
 // use(q, Int<q % 2>()) for [from, to), from an even number on.
 template <class Use>
@@ -37,20 +37,18 @@ inline void in_pairs(int64_t from, int64_t to, const Use& use) {
 
 struct Int8Tiles {
   const int8_t* codes;
-  int64_t in, ahead;
+  int64_t tile_bytes, ahead;
 
   Int8Tiles(const Weight& w, int64_t ahead)
-      : codes(static_cast<const int8_t*>(w.codes)), in(w.in), ahead(ahead) {}
-
-  int64_t tile_bytes() const { return (in + 3) / 4 * kQuadBytes; }
+      : codes(static_cast<const int8_t*>(w.codes)), tile_bytes(w.tile_bytes()), ahead(ahead) {}
 
   template <int NT, class Use>
   void step(int64_t tile, int64_t from, int64_t to, const Use& use) const {
-    const int8_t* at = codes + tile * tile_bytes();
-    const int64_t size = tile_bytes(), further = ahead * size;
+    const int8_t* at = codes + tile * tile_bytes;
+    const int64_t size = tile_bytes;
     for (int64_t k = from; k < to; k += 4) {
       const int8_t* quad = at + k / 4 * kQuadBytes;
-      for (int t = 0; t < NT; ++t) fetch(quad + t * size + further);
+      for (int t = 0; t < NT; ++t) fetch(quad + t * size + ahead);
       const auto one = [&](auto j) {
         F16 w[NT];
         for (int t = 0; t < NT; ++t) w[t] = F16::byte<decltype(j)::value>(quad + t * size);
@@ -70,14 +68,14 @@ struct Int8Tiles {
 
   template <int NT, class Use>
   void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
-    const int8_t* at = codes + tile * tile_bytes();
-    const int64_t size = tile_bytes(), further = ahead * size;
+    const int8_t* at = codes + tile * tile_bytes;
+    const int64_t size = tile_bytes;
     in_pairs(from / 4, (to + 3) / 4, [&](int64_t q, auto parity) POLYPEFT_INLINE {
       Quads w[NT];
       unrolled<NT>([&](auto t) {
         const int8_t* quad = at + t * size + q * kQuadBytes;
         w[t] = Quads::biased(quad);
-        fetch(quad + further);
+        fetch(quad + ahead);
       });
       use(q, parity, w);
     });
@@ -87,13 +85,12 @@ struct Int8Tiles {
 struct Nf4Tiles {
   const uint8_t* codes;
   const float* scales;
-  int64_t in, group, ahead;
+  int64_t in, group, tile_bytes, ahead;
 
   Nf4Tiles(const Weight& w, int64_t ahead)
       : codes(static_cast<const uint8_t*>(w.codes)), scales(w.scales), in(w.in), group(w.group),
-        ahead(ahead) {}
+        tile_bytes(w.tile_bytes()), ahead(ahead) {}
 
-  int64_t tile_bytes() const { return in / 8 * kQuadBytes; }
   const float* scale_at(int64_t tile, int64_t g) const {
     return scales + (tile * (in / group) + g) * kLanes;
   }
@@ -101,15 +98,15 @@ struct Nf4Tiles {
   template <int NT, class Use>
   void step(int64_t tile, int64_t from, int64_t to, const Use& use) const {
     const Table16 table(kNf4);
-    const uint8_t* at = codes + tile * tile_bytes();
-    const int64_t size = tile_bytes(), further = ahead * size;
+    const uint8_t* at = codes + tile * tile_bytes;
+    const int64_t size = tile_bytes;
     for (int64_t k = from; k < to;) {
       const int64_t g = k / group, end = std::min((g + 1) * group, to);
       F16 scale[NT];
       for (int t = 0; t < NT; ++t) scale[t] = F16::load(scale_at(tile + t, g));
       for (; k < end; k += 8) {
         const uint8_t* word = at + k / 8 * kQuadBytes;
-        for (int t = 0; t < NT; ++t) fetch(word + t * size + further);
+        for (int t = 0; t < NT; ++t) fetch(word + t * size + ahead);
         const auto one = [&](auto j, auto nibble) {
           F16 w[NT];
           for (int t = 0; t < NT; ++t)
@@ -131,14 +128,14 @@ struct Nf4Tiles {
   template <int NT, class Use>
   void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
     const NibbleTable table(kNf4Rounded);
-    const uint8_t* at = codes + tile * tile_bytes();
-    const int64_t size = tile_bytes(), further = ahead * size;
+    const uint8_t* at = codes + tile * tile_bytes;
+    const int64_t size = tile_bytes;
     for (int64_t word = from / 8; word < to / 8; ++word) {
       Quads low[NT], high[NT];
       unrolled<NT>([&](auto t) {
         const uint8_t* eights = at + t * size + word * kQuadBytes;
         table.look_up(eights, low[t], high[t]);
-        fetch(eights + further);
+        fetch(eights + ahead);
       });
       use(2 * word, Int<0>(), low);
       use(2 * word + 1, Int<1>(), high);

@@ -29,6 +29,7 @@ struct Weight {
   const float* bias;  // [out] or null
   bool adds = false;
   int64_t num_tiles() const { return (out + 15) / 16; }
+  int64_t tile_bytes() const { return (nf4 ? in / 8 : (in + 3) / 4) * 64; }  // of codes
 };
 
 // The outputs [start, stop) of Wᵀ into out: [in][stop − start], kFloat or kBFloat16; without an int8

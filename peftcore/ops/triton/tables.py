@@ -103,6 +103,29 @@ class Adapter:
         self._sizes[id] = (in_, out)
         self._bound = None
 
+    def set_low_rank(
+        self,
+        buffer: Tensor,
+        updates: Sequence[tuple[int, int, int, int, torch.dtype, float, int, int, int]],
+    ) -> None:
+        """See `peftcore.ops.Kernels`. Raises ValueError for what the kernels would misread."""
+        start = buffer.data_ptr()
+        for id, in_, out, rank, dtype, scale, a, b, _ in updates:
+            if dtype not in TYPES:
+                raise ValueError(f"a: {dtype} is not supported")
+            for name, at, size in (("a", a, rank * in_), ("b", b, num_tiles(out) * 16 * rank)):
+                if at < 0 or at + size * dtype.itemsize > buffer.numel():
+                    raise ValueError(f"{name}: {size} values at {at} lie outside the buffer")
+            row = [0] * FIELDS
+            row[A], row[B], row[RANK] = start + a, start + b, rank
+            row[SCALE] = int(np.float32(scale).view(np.int32))
+            row[FACTOR_TYPE] = TYPES[dtype]
+            self.max_rank = max(self.max_rank, rank)
+            self._rows[id] = row
+            self._sizes[id] = (in_, out)
+        self._held.append(buffer)
+        self._bound = None
+
     @property
     def bound(self) -> Bound:
         """Its table, made at the first call after `set`; it stays where it is until the next."""

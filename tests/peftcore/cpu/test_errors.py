@@ -46,6 +46,19 @@ def codes(in_: int = 8, out: int = 20, rank: int = 2) -> dict[str, Any]:
     return {"a": a, "b": b, "scales": torch.ones(1, 16)}
 
 
+def updated(
+    id_: int = 0, in_: int = 8, rank: int = 2, dtype: torch.dtype = torch.float32, **at: int
+) -> Any:
+    """Of 20 outputs, in a buffer of 1024 bytes: a at 0, b, of 256 bytes, at 64, or as given."""
+    made = kernels().Adapter()
+    where = {"a": 0, "b": 64, "scales": -1} | at
+    made.set_low_rank(
+        torch.zeros(1024, dtype=torch.uint8),
+        [(id_, in_, 20, rank, dtype, 1.0, where["a"], where["b"], where["scales"])],
+    )
+    return made
+
+
 def batch(made: Any, start: int = 0, end: int = 3) -> Any:
     return kernels().Batch([(start, end, made, 1.0)])
 
@@ -118,6 +131,16 @@ ADAPTERS: dict[str, Call] = {
     "an input scale of another size": lambda k: adapter(in_scale=torch.ones(20)),
     "a half output scale": lambda k: adapter(out_scale=torch.ones(20).half()),
     "a bias that lies apart": lambda k: adapter(bias=torch.zeros(40)[::2]),
+    "an update beyond the buffer's end": lambda k: updated(b=832),
+    "an update before its start": lambda k: updated(a=-64),
+    "an update between two lines": lambda k: updated(a=4),
+    "an update larger than the buffer": lambda k: updated(in_=1 << 62),
+    "an update of sizes with a small product": lambda k: updated(in_=1 << 32, rank=1 << 32),
+    "an update of no rank": lambda k: updated(rank=0),
+    "an update in doubles": lambda k: updated(dtype=torch.float64),
+    "an update of codes without scales": lambda k: updated(dtype=torch.int8),
+    "an update of a module below all": lambda k: updated(id_=-1),
+    "updates in a buffer of floats": lambda k: k.Adapter().set_low_rank(torch.zeros(64), []),
     "a negative start": lambda k: batch(adapter(), -1, 2),
     "an end before the start": lambda k: batch(adapter(), 2, 1),
     "no adapter": lambda k: batch(None),

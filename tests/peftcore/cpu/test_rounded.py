@@ -157,7 +157,7 @@ def test_adapters_read_the_inputs_as_they_are(ops: Any, bits: int) -> None:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("rank", [1, 8, 16, 40, 150])
+@pytest.mark.parametrize("rank", [1, 8, 16, 32, 40, 150])
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_of_adapters_meet_rounded_inputs(
     ops: Any, quantization: str, rank: int, bits: int
@@ -165,12 +165,12 @@ def test_codes_of_adapters_meet_rounded_inputs(
     """Where those are of sixteen bits; and B's are A's results, rounded as well. Of eight bits an
     adapter knows nothing."""
     for in_ in (192, 1104):
-        base = Base.make(quantization, 48, in_, bias=True, activation_bits=bits)
+        base = Base.make(quantization, 70, in_, bias=True, activation_bits=bits)
         for num_rows in (5, 16, 230):
             x = rows_of(num_rows, in_)
             segments = [
-                Rows(0, 2, {0: At.make(in_, 48, rank, dtype=torch.int8, vectors="iob")}),
-                Rows(2, num_rows, {0: At.make(in_, 48, rank, dtype=torch.int8, seed=1)}, 0.5),
+                Rows(0, 2, {0: At.make(in_, 70, rank, dtype=torch.int8, vectors="iob")}),
+                Rows(2, num_rows, {0: At.make(in_, 70, rank, dtype=torch.int8, seed=1)}, 0.5),
             ]
             inputs = scaled(x, 0, segments).float()
             near, _ = rounded(inputs, quantization, bits)
@@ -193,12 +193,13 @@ def test_codes_of_adapters_meet_rounded_inputs(
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("rank", [8, 16, 32, 40])
 def test_a_row_with_codes_has_the_same_bits_whatever_stands_beside_it(
-    ops: Any, quantization: str
+    ops: Any, quantization: str, rank: int
 ) -> None:
     """Alone by dot products, among others by AMX where there is AMX."""
     base = Base.make(quantization, 70, 1104, activation_bits=16)
-    at = {0: At.make(1104, 70, 16, dtype=torch.int8)}
+    at = {0: At.make(1104, 70, rank, dtype=torch.int8)}
     x = rows_of(400, 1104)
     one, two = by_threads(lambda: linear(x, base, batch_of([Rows(0, 399, at)])))
     assert torch.equal(one, two)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftcore.ops.tiles import tiled
 from tests.peftcore.cpu.cases import At, Rows, absolute, adapted, scaled
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -265,6 +266,31 @@ def test_what_touches_nothing_changes_nothing(world: World) -> None:
         assert torch.equal(world.ops.scale_input(x, id_, batch), x)
     assert torch.equal(world.add([y], x, [1], world.ops.Batch([]))[0], y)
     assert torch.equal(world.add([y[:0]], x[:0], [1], world.batch([Rows(0, 0, at)]))[0], y[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_updates_that_lie_in_one_buffer(world: World, dtype: torch.dtype) -> None:
+    """They are what they are when they are set tensor by tensor."""
+    at = At.make(40, 20, 3, dtype=dtype)
+    assert at.a is not None
+    assert at.b is not None
+    buffer = torch.zeros(4096, dtype=torch.uint8)
+    a, b = at.a.contiguous().view(-1), tiled(at.b).view(-1)
+    for start, values in ((64, a), (1024, b)):
+        raw = values.view(torch.uint8)
+        buffer[start : start + len(raw)] = raw
+    buffer = buffer.to(world.device)
+    adapter = world.ops.Adapter()
+    adapter.set_low_rank(buffer, [(7, 40, 20, 3, dtype, at.scale, 64, 1024, -1)])
+    x, y = randn(5, 40), randn(5, 20)
+    (found,) = world.add([y], x, [7], world.ops.Batch([(0, 5, adapter, 0.5)]))
+    (expected,) = world.add([y], x, [7], world.batch([Rows(0, 5, {7: at}, 0.5)]))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, y)
+    with pytest.raises(ValueError, match=r"^b: .* outside the buffer$"):
+        world.ops.Adapter().set_low_rank(buffer, [(7, 40, 20, 3, dtype, 1.0, 64, 4064, -1)])
+    with pytest.raises(ValueError, match=r"int8 is not supported"):
+        world.ops.Adapter().set_low_rank(buffer, [(7, 40, 20, 3, torch.int8, 1.0, 0, 0, 0)])
 
 
 def test_what_does_not_fit_is_refused(world: World) -> None:
