@@ -13,6 +13,7 @@ from peftcore.checkpoint.adapterhub_heads import read_head
 from peftcore.checkpoint.reader import TensorReader
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, config_from_json
 from peftcore.errors import ConfigError
+from peftcore.memory import trim_malloc
 from peftcore.packing import PackedAdapter, pack, read_packed, save_packed
 from peftcore.program import AdapterProgram
 from peftcore.tasks import Tasks
@@ -89,8 +90,11 @@ class Packer:
         where it was not. Its values were checked when it was admitted."""
         packed = read_packed(folder / PACKED_NAME, digest, self._made_for)
         if packed is None:
-            config = config_from_json((folder / CONFIG_NAME).read_bytes())
-            tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
-            program = self._tasks.compile(config, tensors, digest=digest, check_values=False)
-            packed = self.pack(program)
+            packed = self._compile(folder, digest)
+            trim_malloc()  # what compiling took for a time lies between what stays
         return packed.pinned() if self._pin_memory else packed
+
+    def _compile(self, folder: Path, digest: str) -> PackedAdapter:
+        config = config_from_json((folder / CONFIG_NAME).read_bytes())
+        tensors = TensorReader.from_file(folder / WEIGHTS_NAME, check_values=False)
+        return self.pack(self._tasks.compile(config, tensors, digest=digest, check_values=False))

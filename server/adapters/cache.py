@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftcore.arena import AdapterArena
-from peftcore.memory import trim_malloc
 from peftcore.packing import BoundAdapter, Layout, PackedAdapter, bind
 from server.adapters.copies import Copies, copies_for
 from server.engine.scheduler import Residency
@@ -375,8 +374,6 @@ class AdapterCache:
             target = self.arena.data[offset : offset + packed.num_bytes]
             copied = self._copies.copy(target, packed.data, after)
             layout = packed.layout
-            del packed
-            trim_malloc()  # what checks and compiling took lies between what stays
         except Exception as exc:
             error = exc
         self._done.append(_Loaded(digest, layout, error, time.perf_counter() - start, copied))

@@ -25,6 +25,7 @@ from typing import Literal
 
 from peftcore.config import CONFIG_NAME, WEIGHTS_NAME
 from peftcore.errors import AdapterError, CheckpointError, ConfigError, MixtureError
+from peftcore.memory import trim_malloc
 from peftcore.packing import PackedAdapter, PackedSize, packed_size
 from peftcore.program import check_mixture
 from peftcore.tasks import Tasks
@@ -297,6 +298,8 @@ class AdapterManager:
                     copyfile(weights, staged / WEIGHTS_NAME)
                     self._packer.save(packed, staged)
                     self.store.put(staged, record)
+                del packed
+                trim_malloc()  # what checks and compiling took for a time lies between what stays
                 before = self._aliases.get(name)
                 previous = self.store.set_alias(name, digest, about.names, about.problem_type)
                 alias = self.store.alias(name)
