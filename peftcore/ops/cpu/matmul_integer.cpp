@@ -181,18 +181,61 @@ void add_row(const Rounded& x, int64_t row, const Weight& w, int64_t tile, int64
   }
 }
 
-// An adapter's B to a few rows, where it has one of the usual ranks; false, and nothing is done, where
-// not.
-bool add_rows(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
+// The same for rows that share NT tiles, which stay in registers.
+template <int Q, int NT>
+void add_tiles(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
+               int64_t ahead, float* y) {
+  const auto* codes = static_cast<const int8_t*>(w.codes) + tile * Q * kQuadBytes;
+  Quads quads[NT][Q];
+  unrolled<NT * Q>([&](auto i) {
+    quads[0][i] = Quads::biased(codes + i * kQuadBytes);
+    fetch(codes + i * kQuadBytes + ahead);
+  });
+  const int n = static_cast<int>(std::min<int64_t>(kLanes, w.out - (tile + NT - 1) * kLanes));
+  for (int64_t r = row; r < row + rows; ++r) {
+    I16 low[NT], high[NT];
+    unrolled<NT>([&](auto t) {
+      low[t] = I16::set1(-x.corrections[r]);
+      high[t] = I16::zero();
+    });
+    unrolled<Q>([&](auto q) {
+      const I16 lower = four_bytes(x.low + r * x.stride + 4 * q);
+      const I16 upper = four_bytes(x.high + r * x.stride + 4 * q);
+      unrolled<NT>([&](auto t) {
+        low[t] = dot(low[t], quads[t][q], lower);
+        high[t] = dot(high[t], quads[t][q], upper);
+      });
+    });
+    const F16 step = F16::set1(x.steps[r]);
+    unrolled<NT>([&](auto t) {
+      const F16 sum = fma(to_float(times256(high[t]) + low[t]), step, F16::zero());
+      float* at = y + (r - row) * w.out + (tile + t) * kLanes;
+      t + 1 < NT || n == kLanes ? (sum + F16::load(at)).store(at)
+                                : (sum + F16::load_n(at, n)).store_n(at, n);
+    });
+  }
+}
+
+template <int Q>
+void add_rows(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
               int64_t end, int64_t ahead, float* y) {
-  const auto each = [&](auto quads) {
-    for (int64_t r = row; r < row + rows; ++r, y += w.out) add_row<quads>(x, r, w, tile, end, ahead, y);
-    return true;
-  };
+  if (rows < kRowsOfTiles) {
+    for (int64_t r = 0; r < rows; ++r) add_row<Q>(x, row + r, w, tile, end, ahead, y + r * w.out);
+    return;
+  }
+  for (; tile + 2 <= end; tile += 2) add_tiles<Q, 2>(x, row, rows, w, tile, ahead, y);
+  if (tile < end) add_tiles<Q, 1>(x, row, rows, w, tile, ahead, y);
+}
+
+// An adapter's B where it has one of the usual ranks, unless AMX is the faster way; false, and nothing
+// is done, where not.
+bool add(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile, int64_t end,
+         int64_t ahead, float* y) {
+  if (!w.adds || x.groups > 1 || x.bits != 16 || (w.in == 32 && rows >= kRowsOfTiles)) return false;
   switch (w.in) {
-    case 8: return each(Int<2>());
-    case 16: return each(Int<4>());
-    case 32: return each(Int<8>());
+    case 8: add_rows<2>(x, row, rows, w, tile, end, ahead, y); return true;
+    case 16: add_rows<4>(x, row, rows, w, tile, end, ahead, y); return true;
+    case 32: add_rows<8>(x, row, rows, w, tile, end, ahead, y); return true;
     default: return false;
   }
 }
@@ -257,9 +300,7 @@ void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Roun
 
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& w, int64_t tile,
                       int64_t end, int64_t ahead, float* y) {
-  if (rows < kRowsOfTiles && w.adds && x.groups == 1 && x.bits == 16 &&
-      add_rows(x, row, rows, w, tile, end, ahead, y))
-    return;
+  if (add(x, row, rows, w, tile, end, ahead, y)) return;
   if (multiply_amx(x, row, rows, w, tile, end, ahead, y)) return;
   with_integers(w, ahead, [&](const auto& tiles, auto bytes) {
     blocks<decltype(bytes)::value>(tiles, x, row, rows, w, tile, end, y);

@@ -197,7 +197,7 @@ def test_codes_of_adapters_meet_rounded_inputs(
 def test_a_row_with_codes_has_the_same_bits_whatever_stands_beside_it(
     ops: Any, quantization: str, rank: int
 ) -> None:
-    """Alone by dot products, among others by AMX where there is AMX."""
+    """Alone, among others that share a tile, or by AMX where there is AMX and the rank is long."""
     base = Base.make(quantization, 70, 1104, activation_bits=16)
     at = {0: At.make(1104, 70, rank, dtype=torch.int8)}
     x = rows_of(400, 1104)
