@@ -88,9 +88,9 @@ void expand(const float* shrunk, int64_t rank, const T* b, float* y, int64_t out
 // The segment's rows [from, to), which count from its start.
 template <class T>
 void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
-  const auto* a = static_cast<const T*>(s.at->a);
-  const int64_t rank = s.rank, in = s.module->in;
-  const float factor = s.weight * s.at->scale;
+  const auto* a = static_cast<const T*>(s.factors.a);
+  const int64_t rank = s.factors.rank, in = s.in;
+  const float factor = s.weight * s.factors.scale;
   int64_t r = from;
   const auto rows = [&](auto num_rows, auto num_ranks) {
     constexpr int R = decltype(num_rows)::value, J = decltype(num_ranks)::value;
@@ -109,22 +109,34 @@ void shrink(const Active& s, int64_t from, int64_t to, Ahead& ahead) {
   rows(Int<1>(), Int<4>());
 }
 
+// Factors of kByte as weights; without bias, and of B only its inputs' sizes matter where there are no
+// codes yet.
+Weight a_of(const Active& s) {
+  return {.nf4 = false, .out = s.factors.rank, .in = s.in, .group = s.in, .activation_bits = 16,
+          .codes = s.factors.a, .scales = s.factors.a_scales, .bias = nullptr};
+}
+Weight b_of(const Active& s) {
+  return {.nf4 = false, .out = s.out, .in = s.factors.rank, .group = s.factors.rank,
+          .activation_bits = 16, .codes = s.factors.b, .scales = nullptr, .bias = nullptr,
+          .adds = true};
+}
+
 // The same by codes; x: what the module's inputs were rounded to.
 void shrink_codes(const Active& s, int64_t from, int64_t to, const Rounded& x, int64_t ahead) {
-  const Weight& a = s.at->a_codes;
+  const Weight a = a_of(s);
   float* shrunk = s.shrunk + from * a.out;
   const int64_t row = s.start + from, rows = to - from;
   if (s.rounds)
     multiply_integer(x, row, rows, a, 0, a.num_tiles(), ahead, shrunk);
   else
     multiply_float(s.x + row * a.in, rows, false, a, 0, a.num_tiles(), ahead, shrunk);
-  const float factor = s.weight * s.at->scale;
+  const float factor = s.weight * s.factors.scale;
   for (int64_t i = 0; i < rows * a.out; ++i) shrunk[i] *= factor;
   if (s.rounds) round_rows(s.shrunk, a.out, from, to, s.rounded);
 }
 
 void expand_codes(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
-  const Weight& b = s.at->b_codes;
+  const Weight b = b_of(s);
   float* y = s.module->y + (s.start + from) * b.out;
   const int64_t rows = to - from, ahead = (end - tile) * b.tile_bytes();
   if (s.rounds)
@@ -137,7 +149,7 @@ void expand_codes(const Active& s, int64_t from, int64_t to, int64_t tile, int64
 // of one tile at a time, or one or two of several; those ask for as many tiles that come next.
 template <class T>
 void expand(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end) {
-  const int64_t rank = s.rank, out = s.module->out;
+  const int64_t rank = s.factors.rank, out = s.out;
   int64_t r = from;
   const auto rows = [&](auto num_rows) {
     constexpr int R = decltype(num_rows)::value;
@@ -147,7 +159,7 @@ void expand(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end
         constexpr int C = decltype(num_tiles)::value;
         if constexpr (R * C <= kSums)
           for (; t + C <= end; t += C) {
-            const T* b = static_cast<const T*>(s.at->b) + t * rank * kLanes;
+            const T* b = static_cast<const T*>(s.factors.b) + t * rank * kLanes;
             const int64_t column = t * kLanes;
             const int n = static_cast<int>(std::min<int64_t>(kLanes, out - column - (C - 1) * kLanes));
             expand<R, C>(s.shrunk + r * rank, rank, b, s.module->y + (s.start + r) * out + column, out,
@@ -167,7 +179,7 @@ void expand(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end
 // y = op(y, columns c to c + n) on the segment's rows [from, to) and the module's tiles [tile, end).
 template <class Op>
 void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t end, const Op& op) {
-  const int64_t out = s.module->out, stop = std::min(end * kLanes, out);
+  const int64_t out = s.out, stop = std::min(end * kLanes, out);
   for (int64_t r = s.start + from; r < s.start + to; ++r)
     for (int64_t c = tile * kLanes; c < stop; c += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, stop - c));
@@ -179,14 +191,8 @@ void each_row(const Active& s, int64_t from, int64_t to, int64_t tile, int64_t e
     }
 }
 
-// A weight of which it is known how its inputs are rounded, as an adapter's B's are, and no more.
-Weight inputs_of_b(int64_t rank) {
-  return {.nf4 = false, .out = 0, .in = rank, .group = rank, .activation_bits = 16,
-          .codes = nullptr, .scales = nullptr, .bias = nullptr};
-}
-
-int64_t bytes_for(int64_t rank, int64_t rows) {
-  return (rounded_bytes(inputs_of_b(rank), rows) + 63) / 64 * 64;
+int64_t bytes_for(const Active& s) {
+  return (rounded_bytes(b_of(s), s.end - s.start) + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -215,9 +221,8 @@ Batch::Batch(const std::vector<Segment>& segments) {
   for (int64_t id = 2; id < num_ids + 2; ++id) first_[id] += first_[id - 1];
   parts_.resize(first_.back());
   each([&](const Segment& s, int64_t id, const ModuleAdapter& at) {
-    parts_[first_[id + 1]++] = {s.start, s.end, &at, at.in, at.out, s.weight,
-                                static_cast<int32_t>(at.rank), at.type, at.in_scale != nullptr,
-                                at.out_scale != nullptr, at.bias != nullptr};
+    parts_[first_[id + 1]++] = {s.start, s.end, &at, at.in, at.out, at.factors, s.weight,
+                                at.in_scale != nullptr, at.out_scale != nullptr, at.bias != nullptr};
   });
   first_.pop_back();
 }
@@ -238,10 +243,10 @@ AdapterTasks::AdapterTasks(const std::vector<const float*>& inputs,
       if (part.start == part.end) continue;
       // Of eight bits, rounded inputs would be too coarse for an adapter's factors.
       active_.push_back({part, &module, static_cast<int64_t>(m), inputs[m],
-                         is_rounded && part.type == Type::kByte});
+                         is_rounded && part.factors.type == Type::kByte});
       of.scales_outputs |= part.scales_outputs;
       of.has_bias |= part.has_bias;
-      work_ += (part.end - part.start) * (part.rank * (module.in + module.out) + module.out);
+      work_ += (part.end - part.start) * (part.factors.rank * (module.in + module.out) + module.out);
     }
     of.last = active_.size();
   }
@@ -254,8 +259,8 @@ void AdapterTasks::lay_out_shrunk() {
   thread_local std::vector<char> byte_memory;
   size_t num_floats = 0, num_bytes = kQuadBytes;
   for (const Active& s : active_) {
-    num_floats += (s.end - s.start) * s.rank;
-    if (s.rounds) num_bytes += bytes_for(s.rank, s.end - s.start);
+    num_floats += (s.end - s.start) * s.factors.rank;
+    if (s.rounds) num_bytes += bytes_for(s);
   }
   if (memory.size() < num_floats) memory.resize(num_floats);
   if (byte_memory.size() < num_bytes) byte_memory.resize(num_bytes);
@@ -263,10 +268,10 @@ void AdapterTasks::lay_out_shrunk() {
   char* bytes = aligned(byte_memory.data());
   for (Active& s : active_) {
     s.shrunk = shrunk;
-    shrunk += (s.end - s.start) * s.rank;
-    if (!s.rounds || !s.rank) continue;
-    s.rounded = lay_out(inputs_of_b(s.rank), s.end - s.start, bytes);
-    bytes += bytes_for(s.rank, s.end - s.start);
+    shrunk += (s.end - s.start) * s.factors.rank;
+    if (!s.rounds) continue;
+    s.rounded = lay_out(b_of(s), s.end - s.start, bytes);
+    bytes += bytes_for(s);
   }
 }
 
@@ -293,7 +298,7 @@ void AdapterTasks::share_out() {
     for (int64_t row = 0; row < rows; row += step)
       each([&](size_t, const Active& s) {
         const int64_t stop = std::min(row + step, s.end - start);
-        if (s.rank && row < stop) shrinks_.push_back({&s, row, stop});
+        if (s.factors.rank && row < stop) shrinks_.push_back({&s, row, stop});
       });
     each([&](size_t m, const Active&) { ++next[m]; });
   }
@@ -301,15 +306,15 @@ void AdapterTasks::share_out() {
 
 void AdapterTasks::shrink(int64_t i, const std::vector<Rounded>& rounded) const {
   const auto& [active, row, stop] = shrinks_[i];
-  const auto* a = static_cast<const char*>(active->at->a);
+  const auto* a = static_cast<const char*>(active->factors.a);
   const char* next = a;
   Ahead ahead;
   if (i + 1 < num_shrinks() && shrinks_[i + 1].active != active) {
     const Active& other = *shrinks_[i + 1].active;
-    next = static_cast<const char*>(other.at->a);
-    ahead = {next, next + other.rank * other.in * (other.type == Type::kFloat ? 4 : 2)};
+    next = static_cast<const char*>(other.factors.a);
+    ahead = {next, next + other.factors.rank * other.in * (other.factors.type == Type::kFloat ? 4 : 2)};
   }
-  switch (active->type) {
+  switch (active->factors.type) {
     case Type::kFloat: return polypeft::shrink<float>(*active, row, stop, ahead);
     case Type::kHalf: return polypeft::shrink<Half>(*active, row, stop, ahead);
     case Type::kBFloat16: return polypeft::shrink<BFloat16>(*active, row, stop, ahead);
@@ -329,8 +334,8 @@ void AdapterTasks::finish(int64_t module, int64_t row, int64_t stop, int64_t til
     }
   };
   each([&](const Active& s, int64_t from, int64_t to) {
-    if (!s.rank) return;
-    switch (s.type) {
+    if (!s.factors.rank) return;
+    switch (s.factors.type) {
       case Type::kFloat: return expand<float>(s, from, to, tile, end);
       case Type::kHalf: return expand<Half>(s, from, to, tile, end);
       case Type::kBFloat16: return expand<BFloat16>(s, from, to, tile, end);

@@ -11,18 +11,21 @@
 
 namespace polypeft {
 
-// What one adapter does at one linear module.
-//
-// a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte, they are int8 weights
-// of `rank` outputs and inputs, the scales of the first making up for the second's.
-struct ModuleAdapter {
-  int64_t in = 0, out = 0;
+// A low-rank update: a: [rank][in]; b: [tiles][rank][16], the outputs in tiles as a weight's. Of kByte,
+// they are int8 weights of `rank` outputs and inputs, the scales of the first making up for the second's.
+struct Factors {
   const void* a = nullptr;
   const void* b = nullptr;
-  Weight a_codes{}, b_codes{};  // of kByte
-  Type type = Type::kFloat;
-  int64_t rank = 0;
+  const float* a_scales = nullptr;  // of kByte
   float scale = 0.f;
+  int32_t rank = 0;
+  Type type = Type::kFloat;
+};
+
+// What one adapter does at one linear module.
+struct ModuleAdapter {
+  int64_t in = 0, out = 0;
+  Factors factors;
   const float* in_scale = nullptr;   // [in]
   const float* out_scale = nullptr;  // [out]
   const float* bias = nullptr;       // [out]
@@ -50,15 +53,14 @@ struct Segment {
   float weight;
 };
 
-// What a segment does at a module, and of that what it takes to share out the work: `at` itself is
-// seldom in a cache before the work begins.
+// What a segment does at a module. `at` itself is in no cache when a launch begins, nor are its
+// neighbours: what most launches read of it stands here.
 struct Part {
   int64_t start, end;
   const ModuleAdapter* at;
   int64_t in, out;
+  Factors factors;
   float weight;
-  int32_t rank;
-  Type type;
   bool scales_inputs, scales_outputs, has_bias;
 };
 

@@ -69,7 +69,7 @@ struct PyWeight : Weight {
   }
 };
 
-constexpr int64_t kMaxModules = 1 << 20;
+constexpr int64_t kMaxModules = 1 << 20, kMaxRank = 1 << 20;
 
 // An adapter, and the tensors that it points into.
 class PyAdapter {
@@ -140,28 +140,26 @@ class PyAdapter {
   static void take_factors(ModuleAdapter& entry, const Tensor& a, const Tensor& b, double scale,
                            const std::optional<Tensor>& scales) {
     const int64_t in = entry.in, out = entry.out;
+    Factors& factors = entry.factors;
+    int64_t rank;
     if (scales) {
       check(b, "b", at::kChar);
       TORCH_CHECK_VALUE(b.dim() == 4, "b: ", b.sizes());
-      entry.type = Type::kByte;
-      entry.rank = 4 * b.size(1);
-      TORCH_CHECK_VALUE(entry.rank > 0 && b.numel() == (out + 15) / 16 * 16 * entry.rank,
-                        "b: ", b.sizes());
-      // They meet rounded inputs where the base's are of sixteen bits.
-      entry.a_codes = PyWeight(a, *scales, std::nullopt, entry.rank, in, 16);
-      entry.b_codes = Weight{.nf4 = false, .out = out, .in = entry.rank, .group = entry.rank,
-                             .activation_bits = 16, .codes = b.data_ptr(), .scales = nullptr,
-                             .bias = nullptr, .adds = true};
+      rank = 4 * b.size(1);
+      TORCH_CHECK_VALUE(rank > 0, "b: ", b.sizes());
+      factors.type = Type::kByte;
+      factors.a_scales = PyWeight(a, *scales, std::nullopt, rank, in, 16).scales;
     } else {
       TORCH_CHECK_VALUE(a.dim() == 2 && a.size(1) == in, "a: ", a.sizes());
-      entry.rank = a.size(0);
-      TORCH_CHECK_VALUE(b.numel() == (out + 15) / 16 * 16 * entry.rank, "b: ", b.sizes());
-      entry.type = type_of(a, "a");
-      TORCH_CHECK_VALUE(type_of(b, "b") == entry.type, "a and b are of two dtypes");
+      rank = a.size(0);
+      factors.type = type_of(a, "a");
+      TORCH_CHECK_VALUE(type_of(b, "b") == factors.type, "a and b are of two dtypes");
     }
-    entry.a = a.data_ptr();
-    entry.b = b.data_ptr();
-    entry.scale = static_cast<float>(scale);
+    TORCH_CHECK_VALUE(rank <= kMaxRank && b.numel() == (out + 15) / 16 * 16 * rank, "b: ", b.sizes());
+    factors.rank = static_cast<int32_t>(rank);
+    factors.a = a.data_ptr();
+    factors.b = b.data_ptr();
+    factors.scale = static_cast<float>(scale);
   }
 };
 
