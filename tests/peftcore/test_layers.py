@@ -153,6 +153,39 @@ def test_kernels_are_for_float32_and_for_where_they_are(monkeypatch: pytest.Monk
     assert host.linears is None
 
 
+@torch.inference_mode()
+def test_steps_of_the_same_segments_share_what_the_kernels_make_of_them(world: World) -> None:
+    """Decode steps follow each other with the same adapters."""
+    model, host = attached(world.model)
+    program = world.saved("lora-r8-all").compile(world.base)
+    one, other = bound(program, host, "kernels"), bound(program, host, "kernels")
+
+    def made(*segments: Segment) -> Any:
+        host.batch = AdapterBatch(segments, [Segment(0, 1, *segments[0][2:])])
+        batch = host.kernel_tokens
+        assert host.kernel_outputs is not batch
+        host.batch = AdapterBatch()
+        assert host.kernel_tokens is None
+        return batch
+
+    step = [Segment(0, 5, one), Segment(5, T, other)]
+    batch = made(*step)
+    assert made(*map(copy.copy, step)) is batch
+    for changed in (
+        [Segment(0, 5, one), Segment(5, T, one)],
+        [Segment(0, 4, one), Segment(4, T, other)],
+        [Segment(0, 5, one), Segment(5, T, other, 0.5)],
+        step[:1],
+    ):
+        host.batch = AdapterBatch(changed, changed)
+        assert host.kernel_tokens not in (None, batch)
+        logits = model(IDS).logits
+        alone, fresh = attached(world.model)
+        fresh.batch = AdapterBatch(changed, changed)
+        assert torch.equal(logits, alone(IDS).logits)
+        made(*step)
+
+
 # -- norms and embeddings ----------------------------------------------------------------------
 
 N_IN = 24
