@@ -39,7 +39,7 @@ from loadtests.in_process import InProcess, Run, in_process
 from peftcore.ops.cpu import kernels, kernels_status
 from server.tokenization import Detokenizer
 
-#: Part of a step → the kernels whose time it is.
+#: Part of a step → the kernels whose time it is; a layer in one launch tells its parts' itself.
 _KERNELS = {
     "linear": ("linear", "add_adapters_", "scale_input"),
     "attention": ("attention",),
@@ -69,8 +69,11 @@ class Clock:
         return call
 
     def take(self) -> dict[str, float]:
-        taken, self.current = dict(self.current), defaultdict(float)
-        return taken
+        taken, self.current = self.current, defaultdict(float)
+        if kernels() is not None:
+            for part, seconds in kernels().take_layer_seconds().items():
+                taken[part] += seconds
+        return dict(taken)
 
 
 @contextmanager

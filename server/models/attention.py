@@ -99,9 +99,7 @@ def attend(
         `[1, rows, heads, v_head_dim]`.
     """
     context = current_context()
-    plan = context.shared.get("plan")
-    if plan is None:
-        plan = context.shared["plan"] = _plan(context)
+    plan = plan_of(context)
     cos, sin = rotary or (None, None)
     out: Tensor = kernels().attention(
         query,
@@ -121,13 +119,18 @@ def attend(
     return out
 
 
-def _plan(context: ForwardContext) -> Any:
-    blocks: list[int] = []
-    chunks = []
-    for start, end, position, table in context.chunks:
-        chunks.append((start, end - start, position, len(blocks)))
-        blocks.extend(table)
-    return kernels().Plan(context.slots, torch.tensor(blocks), chunks, context.pool.block_size)
+def plan_of(context: ForwardContext) -> Any:
+    """The step's places in the cache as the kernels know them, the same for all layers."""
+    plan = context.shared.get("plan")
+    if plan is None:
+        blocks: list[int] = []
+        chunks = []
+        for start, end, position, table in context.chunks:
+            chunks.append((start, end - start, position, len(blocks)))
+            blocks.extend(table)
+        plan = kernels().Plan(context.slots, torch.tensor(blocks), chunks, context.pool.block_size)
+        context.shared["plan"] = plan
+    return plan
 
 
 def _attend_by_triton(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scores) -> Tensor:

@@ -35,7 +35,7 @@ from peftcore.quant import (
 )
 from peftcore.tasks import Tasks
 from server.models.attention import NAME, TORCH_NAME
-from server.models.fused import fuse, unfuse
+from server.models.fused import bind, fuse, unfuse
 from server.models.probe import (
     AttentionCall,
     UnservableModel,
@@ -171,6 +171,7 @@ def prepare_model(
     base = BaseModel.from_model(model, kv_shapes)
     tasks = Tasks(model, base, missing=missing)
     host = attach(model, base)
+    bind(model, host)
     offset = position_offset(model)
     config = model.config.get_text_config()
     return LoadedModel(

@@ -2,12 +2,14 @@
 
 #include "bindings.h"
 
+#include <array>
 #include <map>
 #include <memory>
 
 #include "allocator.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "layer.h"
 #include "linear.h"
 #include "quantize.h"
 
@@ -312,50 +314,155 @@ struct PyPlan {
   }
 };
 
-Tensor py_attention(const Tensor& queries, const Tensor& keys, const Tensor& values,
-                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const Tensor& key_cache, const Tensor& value_cache, const PyPlan& plan,
-                    double scale, std::optional<int64_t> window, std::optional<double> softcap,
-                    const std::optional<Tensor>& sinks, bool causal) {
+Activation activation_of(const std::string& name) {
+  TORCH_CHECK_VALUE(name == "silu" || name == "gelu_tanh", "activation: ", name);
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+// The caches of one layer, [blocks, kv_heads, dim, block_size] and [blocks, kv_heads, block_size, v_dim],
+// where a plan's blocks are.
+Cache cache_of(const Tensor& key_cache, const Tensor& value_cache, const PyPlan& plan) {
   const Type type = type_of(key_cache, "key_cache");
   TORCH_CHECK_VALUE(type != Type::kBFloat16 && type_of(value_cache, "value_cache") == type &&
                         key_cache.dim() == 4 && value_cache.dim() == 4,
                     "caches: float32 or float16, four-dimensional");
   const Cache cache{key_cache.data_ptr(), value_cache.data_ptr(), type, key_cache.size(1),
                     key_cache.size(2), value_cache.size(3), key_cache.size(3)};
+  TORCH_CHECK_VALUE(cache.kv_heads > 0 && cache.dim > 0 && cache.v_dim > 0 &&
+                        value_cache.size(1) == cache.kv_heads && plan.last_block < key_cache.size(0) &&
+                        value_cache.size(0) == key_cache.size(0) &&
+                        value_cache.size(2) == cache.block_size && plan.block_size == cache.block_size,
+                    "caches of ", key_cache.sizes(), " and ", value_cache.sizes(),
+                    " do not go together, or with a plan up to block ", plan.last_block, " of ",
+                    plan.block_size, " positions");
+  return cache;
+}
+
+Rotary rotary_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t rows,
+                 int64_t head_dim) {
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
+  if (!cos) return {nullptr, nullptr, 0};
+  const int64_t dim = last_size(*cos, "cos");
+  TORCH_CHECK_VALUE(dim % 2 == 0 && dim <= head_dim, "cos: ", cos->sizes());
+  return {floats(cos, "cos", rows * dim), floats(sin, "sin", rows * dim), dim};
+}
+
+Scores scores_of(double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                 const float* sinks, bool causal) {
+  TORCH_CHECK_VALUE(!window || (*window > 0 && causal), "window: ", *window,
+                    causal ? "" : ", and without causality there is none");
+  return {static_cast<float>(scale), window.value_or(0), static_cast<float>(softcap.value_or(0.0)),
+          sinks, causal};
+}
+
+Tensor py_attention(const Tensor& queries, const Tensor& keys, const Tensor& values,
+                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                    const Tensor& key_cache, const Tensor& value_cache, const PyPlan& plan,
+                    double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                    const std::optional<Tensor>& sinks, bool causal) {
+  const Cache cache = cache_of(key_cache, value_cache, plan);
   const Heads q = heads_of(queries, "queries"), k = heads_of(keys, "keys"),
               v = heads_of(values, "values");
   const int64_t rows = plan.slots_.numel(), heads = queries.size(1);
   const auto fits = [&](const Tensor& t, int64_t num, int64_t dim) {
     return t.size(-1) == dim && t.size(1) == num && t.numel() == rows * num * dim;
   };
-  TORCH_CHECK_VALUE(cache.kv_heads > 0 && cache.dim > 0 && cache.v_dim > 0 && fits(queries, heads, cache.dim) && fits(keys, cache.kv_heads, cache.dim) &&
-                        fits(values, cache.kv_heads, cache.v_dim) && heads % cache.kv_heads == 0 &&
-                        value_cache.size(1) == cache.kv_heads && plan.last_block < key_cache.size(0) &&
-                        value_cache.size(0) == key_cache.size(0) &&
-                        value_cache.size(2) == cache.block_size &&
-                        plan.block_size == cache.block_size,
+  TORCH_CHECK_VALUE(fits(queries, heads, cache.dim) && fits(keys, cache.kv_heads, cache.dim) &&
+                        fits(values, cache.kv_heads, cache.v_dim) && heads % cache.kv_heads == 0,
                     "attention: queries ", queries.sizes(), ", keys ", keys.sizes(), ", values ",
                     values.sizes(), " do not fit the caches ", key_cache.sizes(), ", ",
-                    value_cache.sizes(), " or the plan of ", rows, " rows in blocks of ",
-                    plan.block_size);
-  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
-  TORCH_CHECK_VALUE(!window || (*window > 0 && causal), "window: ", *window,
-                    causal ? "" : ", and without causality there is none");
-  Rotary rotary{nullptr, nullptr, 0};
-  if (cos) {
-    rotary.dim = last_size(*cos, "cos");
-    TORCH_CHECK_VALUE(rotary.dim % 2 == 0 && rotary.dim <= cache.dim, "cos: ", cos->sizes());
-    rotary.cos = floats(cos, "cos", rows * rotary.dim);
-    rotary.sin = floats(sin, "sin", rows * rotary.dim);
-  }
-  const Scores scores{static_cast<float>(scale), window.value_or(0),
-                      static_cast<float>(softcap.value_or(0.0)), floats(sinks, "sinks", heads),
-                      causal};
+                    value_cache.sizes(), " or the plan of ", rows, " rows");
+  const Rotary rotary = rotary_of(cos, sin, rows, cache.dim);
+  const Scores scores = scores_of(scale, window, softcap, floats(sinks, "sinks", heads), causal);
   Tensor out = at::zeros({1, rows, heads, cache.v_dim}, queries.options());
   write(cache, plan.slots_.data_ptr<int64_t>(), rows, k, v, rotary);
   attend(cache, plan.chunks, q, heads, rotary, scores, out.data_ptr<float>());
   return out;
+}
+
+// Seconds by part since they were last asked for, of all layers.
+LayerSeconds layer_seconds;
+
+// A decoder layer, and the tensors that it points into.
+class PyLayer {
+ public:
+  using Linear = std::pair<std::shared_ptr<PyWeight>, int64_t>;       // and the module's id
+  using GivenNorm = std::optional<std::tuple<Tensor, double, double>>;  // weight, offset, eps
+
+  PyLayer(std::array<Linear, 7> linears, std::array<GivenNorm, 6> norms, int64_t head_dim,
+          int64_t v_dim, double scale, std::optional<int64_t> window, std::optional<double> softcap,
+          const std::string& activation)
+      : linears_(std::move(linears)), norms_(std::move(norms)) {
+    for (const auto& [weight, id] : linears_) TORCH_CHECK_VALUE(weight, "linears: one is None");
+    Projection* const to[] = {&layer_.q, &layer_.k, &layer_.v, &layer_.o, &layer_.gate, &layer_.up,
+                              &layer_.down};
+    for (size_t i = 0; i < linears_.size(); ++i) *to[i] = {linears_[i].first.get(), linears_[i].second};
+    const Layer& l = layer_;
+    const int64_t hidden = l.q.weight->in, inner = l.gate.weight->out;
+    TORCH_CHECK_VALUE(head_dim > 0 && v_dim > 0 && l.q.weight->out % head_dim == 0 &&
+                          l.k.weight->out % head_dim == 0 && l.v.weight->out % v_dim == 0 &&
+                          l.k.weight->out / head_dim == l.v.weight->out / v_dim &&
+                          l.q.weight->out / head_dim * v_dim == l.o.weight->in &&
+                          l.q.weight->out / head_dim % (l.k.weight->out / head_dim) == 0,
+                      "heads of ", head_dim, " and ", v_dim, " do not fit the projections");
+    TORCH_CHECK_VALUE(l.k.weight->in == hidden && l.v.weight->in == hidden &&
+                          l.o.weight->out == hidden && l.gate.weight->in == hidden &&
+                          l.up.weight->in == hidden && l.up.weight->out == inner &&
+                          l.down.weight->in == inner && l.down.weight->out == hidden,
+                      "the projections do not fit each other");
+    layer_.head_dim = head_dim;
+    layer_.v_dim = v_dim;
+    layer_.before_attention = norm_of(0, hidden);
+    layer_.of_queries = norm_of(1, head_dim);
+    layer_.of_keys = norm_of(2, head_dim);
+    layer_.after_attention = norm_of(3, hidden);
+    layer_.before_mlp = norm_of(4, hidden);
+    layer_.after_mlp = norm_of(5, hidden);
+    TORCH_CHECK_VALUE(norms_[0] && norms_[4], "norms: those before the branches are needed");
+    layer_.scores = scores_of(scale, window, softcap, nullptr, true);
+    layer_.activation = activation_of(activation);
+  }
+
+  Tensor call(const Tensor& input, const Tensor& cos, const Tensor& sin, const Tensor& key_cache,
+              const Tensor& value_cache, const PyPlan& plan, const PyBatch* batch) const {
+    const Tensor x = as_rows(input, layer_.q.weight->in);
+    const int64_t rows = x.numel() / layer_.q.weight->in;
+    const Cache cache = cache_of(key_cache, value_cache, plan);
+    TORCH_CHECK_VALUE(rows == plan.slots_.numel() && cache.dim == layer_.head_dim &&
+                          cache.v_dim == layer_.v_dim &&
+                          cache.kv_heads * cache.dim == layer_.k.weight->out,
+                      "x: ", x.sizes(), " or caches of ", key_cache.sizes(), ", ",
+                      value_cache.sizes(), " do not fit the layer or the plan of ",
+                      plan.slots_.numel(), " rows");
+    if (batch) {
+      batch->check_rows(rows);
+      for (const auto& [weight, id] : linears_) batch->check_sizes(id, weight->in, weight->out);
+    }
+    const Rotary rotary = rotary_of(cos, sin, rows, cache.dim);
+    Tensor out = at::empty_like(x);
+    const Tensor memory = at::empty({scratch_floats(layer_, rows)}, x.options());
+    run(layer_, x.data_ptr<float>(), rows, cache, plan.slots_.data_ptr<int64_t>(), plan.chunks, rotary,
+        batch ? &batch->batch : nullptr, memory.data_ptr<float>(), out.data_ptr<float>(),
+        layer_seconds);
+    return out;
+  }
+
+ private:
+  Norm norm_of(size_t i, int64_t dim) const {
+    if (!norms_[i]) return {nullptr, 0.f, 0.f};
+    const auto& [weight, offset, eps] = *norms_[i];
+    return {floats(weight, "norms", dim), static_cast<float>(offset), static_cast<float>(eps)};
+  }
+
+  std::array<Linear, 7> linears_;
+  std::array<GivenNorm, 6> norms_;
+  Layer layer_;
+};
+
+std::map<std::string, double> take_layer_seconds() {
+  LayerSeconds& s = layer_seconds;
+  return {{"linear", s.linear.exchange(0)}, {"attention", s.attention.exchange(0)},
+          {"norms", s.norms.exchange(0)}, {"gates", s.gates.exchange(0)}};
 }
 
 Tensor py_rms_norm(const Tensor& input, const Tensor& weight, double offset, double eps) {
@@ -372,9 +479,7 @@ void py_gate(const Tensor& gates, const Tensor& up, const std::string& activatio
   check(gates, "gate", at::kFloat);
   check(up, "up", at::kFloat);
   TORCH_CHECK_VALUE(gates.sizes() == up.sizes(), "gate: ", gates.sizes(), ", up: ", up.sizes());
-  TORCH_CHECK_VALUE(activation == "silu" || activation == "gelu_tanh", "activation: ", activation);
-  gate(gates.data_ptr<float>(), up.data_ptr<float>(), gates.numel(),
-       activation == "silu" ? Activation::kSilu : Activation::kGeluTanh);
+  gate(gates.data_ptr<float>(), up.data_ptr<float>(), gates.numel(), activation_of(activation));
 }
 
 void py_quantize_nf4(const Tensor& weight, const Tensor& bounds, const Tensor& codes, const Tensor& absmax) {
@@ -419,6 +524,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<PyPlan, std::shared_ptr<PyPlan>>(m, "Plan")
       .def(py::init<Tensor, Tensor, const std::vector<std::array<int64_t, 4>>&, int64_t>(),
            py::arg("slots"), py::arg("blocks"), py::arg("chunks"), py::arg("block_size"));
+  py::class_<PyLayer, std::shared_ptr<PyLayer>>(m, "Layer")
+      .def(py::init<std::array<PyLayer::Linear, 7>, std::array<PyLayer::GivenNorm, 6>, int64_t, int64_t,
+                    double, std::optional<int64_t>, std::optional<double>, const std::string&>(),
+           py::arg("linears"), py::arg("norms"), py::arg("head_dim"), py::arg("v_head_dim"),
+           py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("activation"))
+      .def("__call__", &PyLayer::call, py::arg("x"), py::arg("cos"), py::arg("sin"),
+           py::arg("key_cache"), py::arg("value_cache"), py::arg("plan"), py::arg("batch"), unlocked);
+  m.def("take_layer_seconds", &take_layer_seconds);
   m.def("linear", &py_linear, py::arg("x"), py::arg("weights"), py::arg("ids"),
         py::arg("batch") = py::none(), unlocked);
   m.def("add_adapters_", &py_add_adapters, py::arg("y"), py::arg("x"), py::arg("id"),

@@ -42,6 +42,7 @@ _SOURCES = (
     "matmul_amx.cpp",
     "attention.cpp",
     "elementwise.cpp",
+    "layer.cpp",
     "quantize.cpp",
     "allocator.cpp",
 )

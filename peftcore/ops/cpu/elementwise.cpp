@@ -5,6 +5,17 @@
 namespace polypeft {
 namespace {
 
+// use(i, n) for pieces of at most sixteen of [0, count), by all threads where there are many.
+template <class Use>
+void each_piece(int64_t count, const Use& use) {
+  constexpr int64_t kPiece = 4096;
+  for_each_task((count + kPiece - 1) / kPiece, count > 1 << 14, [&](int64_t piece) {
+    const int64_t stop = std::min(count, (piece + 1) * kPiece);
+    for (int64_t i = piece * kPiece; i < stop; i += kLanes)
+      use(i, static_cast<int>(std::min<int64_t>(kLanes, stop - i)));
+  });
+}
+
 F16 silu(F16 x) { return x / (F16::set1(1.f) + exp(F16::zero() - x)); }
 
 // x/2 · (1 + tanh u) = x · (1 − 1 / (1 + e^2u)) with u = √(2/π) (x + 0.044715 x³).
@@ -38,16 +49,17 @@ void rms_norm(const float* x, const float* weight, float offset, float eps, int6
   });
 }
 
+void add(const float* x, const float* y, int64_t count, float* out) {
+  each_piece(count, [&](int64_t i, int n) {
+    (F16::load_n(x + i, n) + F16::load_n(y + i, n)).store_n(out + i, n);
+  });
+}
+
 void gate(float* gate, const float* up, int64_t count, Activation activation) {
-  constexpr int64_t kPiece = 4096;
-  for_each_task((count + kPiece - 1) / kPiece, count > 1 << 14, [&](int64_t piece) {
-    const int64_t stop = std::min(count, (piece + 1) * kPiece);
-    for (int64_t i = piece * kPiece; i < stop; i += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, stop - i));
-      const F16 x = F16::load_n(gate + i, n), other = F16::load_n(up + i, n);
-      const F16 active = activation == Activation::kSilu ? silu(x) : gelu_tanh(x);
-      (active * other).store_n(gate + i, n);
-    }
+  each_piece(count, [&](int64_t i, int n) {
+    const F16 x = F16::load_n(gate + i, n), other = F16::load_n(up + i, n);
+    const F16 active = activation == Activation::kSilu ? silu(x) : gelu_tanh(x);
+    (active * other).store_n(gate + i, n);
   });
 }
 
