@@ -165,10 +165,10 @@ class Weights:
         layer = QuantLinear(self.weight, None, quantization)
         if not layer.packed:
             raise Unavailable("no kernels for this weight")
-        bits = ACTIVATION_BITS[activations]
+        ops, bits = kernels(), ACTIVATION_BITS[activations]
         for codes, scales in self._cold(name, layer.codes, layer.absmax):
-            weight = kernels().Weight(codes, scales, None, *self.weight.shape, bits)
-            yield after_x(_linear, weight)
+            weight = ops.Weight(codes, scales, None, *self.weight.shape, bits)
+            yield _launch(ops.linear, [weight], [-1])
 
     def _fp32(self) -> Iterator[Callable[[Tensor], Tensor]]:
         for (weight,) in self._cold(BASELINE, self.weight):
@@ -253,9 +253,9 @@ def after_x(function: Callable[..., Tensor], *args: Any) -> Callable[[Tensor], T
     return lambda x: function(x, *args)
 
 
-def _linear(x: Tensor, weight: Any) -> Tensor:
-    result: Tensor = kernels().linear(x, [weight], [-1])[0]
-    return result
+def _launch(linear: Callable[..., list[Tensor]], *args: Any) -> Callable[[Tensor], Tensor]:
+    """x → the result of a launch over one module."""
+    return lambda x: linear(x, *args)[0]
 
 
 def _bnb_matmul(x: Tensor, codes: Tensor, state: Any) -> Tensor:

@@ -10,6 +10,10 @@ namespace {
 
 constexpr int64_t kBlockRows = 192;  // of one task
 constexpr int64_t kRoundRows = 4;
+// So few rows are multiplied faster than memory gives their weight. A thread then asks for this much
+// before it needs it: for more, and what lies behind its last tile is read for nothing.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kAheadBytes = 4096;
 
 // Every module's W x + b into its y, and what adapters do to it: first a phase that rounds inputs, then
 // one that multiplies.
@@ -68,7 +72,8 @@ class TileTasks {
 
   void multiply(int64_t m, int64_t tile, int64_t end, int64_t row, int64_t count) const {
     const Weight& w = *modules_[m].weight;
-    const int64_t ahead = ahead_ * w.tile_bytes();
+    const int64_t bytes = w.tile_bytes();
+    const int64_t ahead = rows_ <= kFewRows ? std::min(kAheadBytes, bytes - 1) : ahead_ * bytes;
     float* y = modules_[m].y + row * w.out;
     if (w.activation_bits)
       multiply_integer(rounded_[m], row, count, w, tile, end, ahead, y);

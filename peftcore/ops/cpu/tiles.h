@@ -21,7 +21,7 @@ constexpr int8_t kNf4Rounded[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
 // `step` calls `use(k, w)` for inputs [from, to) in order, w the weights of NT tiles from `tile` as
 // floats, an int8 weight's without its scale. `quads` calls `use(q, parity, w)` for inputs 4q to 4q + 3
 // of [from, to), w as integers: an nf4 weight's without its scale and times 127; parity: Int<q % 2>.
-// `from` is a multiple of eight. Both ask for what lies `ahead` bytes further on, so that memory works
+// `from` is a multiple of eight. Both ask for what is read `ahead` bytes later, so that memory works
 // while these are multiplied.
 
 // use(q, Int<q % 2>()) for [from, to), from an even number on.
@@ -33,6 +33,15 @@ inline void in_pairs(int64_t from, int64_t to, const Use& use) {
     use(q + 1, Int<1>());
   }
   if (q < to) use(q, Int<0>());
+}
+
+// How far behind byte `at` of a tile lies what is to be asked for there, where NT tiles are read side by
+// side. Less than a tile ahead counts over all of them, and behind their end come the next NT.
+template <int NT>
+inline int64_t reach(int64_t at, int64_t ahead, int64_t tile_bytes) {
+  if (ahead >= tile_bytes) return ahead;
+  const int64_t own = ahead / NT;
+  return at + own < tile_bytes ? own : own + (NT - 1) * tile_bytes;
 }
 
 struct Int8Tiles {
@@ -48,7 +57,8 @@ struct Int8Tiles {
     const int64_t size = tile_bytes;
     for (int64_t k = from; k < to; k += 4) {
       const int8_t* quad = at + k / 4 * kQuadBytes;
-      for (int t = 0; t < NT; ++t) fetch(quad + t * size + ahead);
+      const int64_t later = reach<NT>(quad - at, ahead, size);
+      for (int t = 0; t < NT; ++t) fetch(quad + t * size + later);
       const auto one = [&](auto j) {
         F16 w[NT];
         for (int t = 0; t < NT; ++t) w[t] = F16::byte<decltype(j)::value>(quad + t * size);
@@ -72,10 +82,11 @@ struct Int8Tiles {
     const int64_t size = tile_bytes;
     in_pairs(from / 4, (to + 3) / 4, [&](int64_t q, auto parity) POLYPEFT_INLINE {
       Quads w[NT];
+      const int64_t later = reach<NT>(q * kQuadBytes, ahead, size);
       unrolled<NT>([&](auto t) {
         const int8_t* quad = at + t * size + q * kQuadBytes;
         w[t] = Quads::biased(quad);
-        fetch(quad + ahead);
+        fetch(quad + later);
       });
       use(q, parity, w);
     });
@@ -106,7 +117,8 @@ struct Nf4Tiles {
       for (int t = 0; t < NT; ++t) scale[t] = F16::load(scale_at(tile + t, g));
       for (; k < end; k += 8) {
         const uint8_t* word = at + k / 8 * kQuadBytes;
-        for (int t = 0; t < NT; ++t) fetch(word + t * size + ahead);
+        const int64_t later = reach<NT>(word - at, ahead, size);
+        for (int t = 0; t < NT; ++t) fetch(word + t * size + later);
         const auto one = [&](auto j, auto nibble) {
           F16 w[NT];
           for (int t = 0; t < NT; ++t)
@@ -132,10 +144,11 @@ struct Nf4Tiles {
     const int64_t size = tile_bytes;
     for (int64_t word = from / 8; word < to / 8; ++word) {
       Quads low[NT], high[NT];
+      const int64_t later = reach<NT>(word * kQuadBytes, ahead, size);
       unrolled<NT>([&](auto t) {
         const uint8_t* eights = at + t * size + word * kQuadBytes;
         table.look_up(eights, low[t], high[t]);
-        fetch(eights + ahead);
+        fetch(eights + later);
       });
       use(2 * word, Int<0>(), low);
       use(2 * word + 1, Int<1>(), high);
