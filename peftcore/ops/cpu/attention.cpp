@@ -36,11 +36,40 @@ struct Attention {
     const int64_t at = (block * cache.kv_heads + head) * cache.dim * cache.block_size + place;
     return static_cast<const T*>(cache.keys) + at;
   }
-  const T* value(const Chunk& chunk, int64_t position, int64_t head) const {
-    const int64_t block = chunk.blocks[position / cache.block_size];
-    const int64_t place = position % cache.block_size;
-    const int64_t at = ((block * cache.kv_heads + head) * cache.block_size + place) * cache.v_dim;
-    return static_cast<const T*>(cache.values) + at;
+  // Of n positions from one on.
+  void values_of(const Chunk& chunk, int64_t position, int n, int64_t head, const T** values) const {
+    const int64_t size = cache.block_size;
+    int64_t block = position / size, place = position % size;
+    for (int j = 0; j < n; ++block, place = 0) {
+      const int64_t first = (chunk.blocks[block] * cache.kv_heads + head) * size;
+      for (; place < size && j < n; ++place, ++j)
+        values[j] = static_cast<const T*>(cache.values) + (first + place) * cache.v_dim;
+    }
+  }
+
+  // What comes after a span: its first keys in tiles of sixteen, and its values. Asked for while the span
+  // is computed: blocks lie here and there, and no hardware foresees them.
+  struct Next {
+    const T* keys[kWide] = {};
+    const T* values[kSpan] = {};
+  };
+  Next next_of(const Chunk& chunk, int64_t span, int64_t head) const {
+    Next next;
+    const int64_t end = chunk.position + chunk.num_rows;
+    const int n = static_cast<int>(std::clamp<int64_t>(end - span, 0, kSpan));
+    values_of(chunk, span, n, head, next.values);
+    if (cache.block_size % kLanes == 0)
+      for (int t = 0; t < std::min(kWide, (n + kLanes - 1) / kLanes); ++t) {
+        const int64_t position = span + t * kLanes;
+        next.keys[t] = key(chunk.blocks[position / cache.block_size], head, position % cache.block_size);
+      }
+    return next;
+  }
+
+  // The first span that a query sees.
+  int64_t start_of(const Chunk& chunk, int64_t query) const {
+    const int64_t position = chunk.position + query / group;
+    return scores.window ? std::max<int64_t>(0, position - scores.window + 1) / kSpan * kSpan : 0;
   }
 
   // Sixteen positions' keys as [dim][stride]: in place, or gathered where blocks are no multiple of
@@ -63,13 +92,17 @@ struct Attention {
 
   // Scores of Q queries [Q][dim] with NT times sixteen keys into out [Q][kSpan].
   template <int Q, int NT>
-  void dot(const float* queries, const T* const* keys, int64_t stride, float* out) const {
+  void dot(const float* queries, const T* const* keys, int64_t stride, const Next& next,
+           float* out) const {
     F16 acc[Q][NT];
     for (int q = 0; q < Q; ++q)
       for (int t = 0; t < NT; ++t) acc[q][t] = F16::zero();
     for (int64_t d = 0; d < cache.dim; ++d) {
       F16 key[NT];
-      for (int t = 0; t < NT; ++t) key[t] = F16::load(keys[t] + d * stride);
+      for (int t = 0; t < NT; ++t) {
+        key[t] = F16::load(keys[t] + d * stride);
+        fetch(next.keys[t] + d * stride);
+      }
       for (int q = 0; q < Q; ++q) {
         const F16 value = F16::set1(queries[q * cache.dim + d]);
         for (int t = 0; t < NT; ++t) acc[q][t] = fma(value, key[t], acc[q][t]);
@@ -79,22 +112,22 @@ struct Attention {
       for (int t = 0; t < NT; ++t) acc[q][t].store(out + q * kSpan + t * kLanes);
   }
 
-  // out [Q][padded v_dim] = out · factor + p V for NT tiles from column c.
+  // out [Q][padded v_dim] = out · factor + p V for NT tiles from column c; the last of `width` columns.
   template <int Q, int NT>
   void add_values(const float* p, const T* const* values, int n, const float* factors, int64_t c,
-                  int64_t padded, float* out) const {
+                  int width, int64_t padded, const Next& next, float* out) const {
+    constexpr int kLine = 64 / sizeof(T);
     F16 acc[Q][NT];
     for (int q = 0; q < Q; ++q)
       for (int t = 0; t < NT; ++t)
         acc[q][t] = F16::load(out + q * padded + c + t * kLanes) * F16::set1(factors[q]);
     for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < NT * kLanes; i += kLine) fetch(next.values[j] + c + i);
       F16 value[NT];
-      for (int t = 0; t < NT; ++t) {
-        const int64_t at = c + t * kLanes;
-        value[t] = at + kLanes <= cache.v_dim
-                       ? F16::load(values[j] + at)
-                       : load_n(values[j] + at, static_cast<int>(cache.v_dim - at));
-      }
+      unrolled<NT>([&](auto t) {
+        const T* at = values[j] + c + t * kLanes;
+        value[t] = NT > 1 || width == kLanes ? F16::load(at) : load_n(at, width);
+      });
       for (int q = 0; q < Q; ++q) {
         const F16 weight = F16::set1(p[q * kSpan + j]);
         for (int t = 0; t < NT; ++t) acc[q][t] = fma(weight, value[t], acc[q][t]);
@@ -107,7 +140,7 @@ struct Attention {
   // Queries [first, first + Q) of one kv head; query v is head v % group of row v / group.
   template <int Q>
   void queries(const Chunk& chunk, int64_t head, int64_t first, Heads q, const Rotary& rotary,
-               float* out) const {
+               const Next& first_of_next, float* out) const {
     const int64_t dim = cache.dim, padded = (cache.v_dim + kLanes - 1) / kLanes * kLanes;
     float* memory = scratch(Q * (dim + kSpan + padded) + dim * kLanes);
     float* query = memory;
@@ -131,17 +164,22 @@ struct Attention {
     for (int64_t span = lowest[0] / kSpan * kSpan; span < end; span += kSpan) {
       const int n = static_cast<int>(std::min<int64_t>(kSpan, end - span));
       const int tiles = (n + kLanes - 1) / kLanes;
-      for (int t = 0; t < tiles; t += kWide) score<Q>(chunk, span, t, tiles, end, head, query, p, gathered);
+      const Next next = span + kSpan < end ? next_of(chunk, span + kSpan, head) : first_of_next;
+      for (int t = 0; t < tiles; t += kWide)
+        score<Q>(chunk, span, t, tiles, end, head, query, p, next, gathered);
       float factors[Q];
       for (int i = 0; i < Q; ++i)
         factors[i] = soften(p + i * kSpan, tiles, lowest[i] - span, seen[i] - span,
                             maximum[i], total[i]);
       const T* values[kSpan];
-      for (int j = 0; j < n; ++j) values[j] = value(chunk, span + j, head);
+      values_of(chunk, span, n, head, values);
       int64_t c = 0;
-      for (; c + kWide * kLanes <= padded; c += kWide * kLanes)
-        add_values<Q, kWide>(p, values, n, factors, c, padded, sums);
-      for (; c < padded; c += kLanes) add_values<Q, 1>(p, values, n, factors, c, padded, sums);
+      for (; c + kWide * kLanes <= cache.v_dim; c += kWide * kLanes)
+        add_values<Q, kWide>(p, values, n, factors, c, kLanes, padded, next, sums);
+      for (; c < cache.v_dim; c += kLanes) {
+        const int width = static_cast<int>(std::min<int64_t>(kLanes, cache.v_dim - c));
+        add_values<Q, 1>(p, values, n, factors, c, width, padded, next, sums);
+      }
     }
     for (int i = 0; i < Q; ++i) {
       const int64_t at = head * group + (first + i) % group;
@@ -159,43 +197,53 @@ struct Attention {
   // Scores of the tiles [t, t + kWide) of a span, as far as there are any.
   template <int Q>
   void score(const Chunk& chunk, int64_t span, int t, int tiles, int64_t end, int64_t head,
-             const float* query, float* p, T* gathered) const {
+             const float* query, float* p, const Next& next, T* gathered) const {
     int64_t stride = 0;
-    if (t + kWide <= tiles && cache.block_size % kLanes == 0) {
-      const T* keys[kWide];
-      for (int i = 0; i < kWide; ++i)
+    const T* keys[kWide];
+    const auto some = [&](auto count) {
+      constexpr int NT = decltype(count)::value;
+      for (int i = 0; i < NT; ++i)
         keys[i] = keys_of(chunk, span + (t + i) * kLanes, end, head, gathered, stride);
-      return dot<Q, kWide>(query, keys, stride, p + t * kLanes);
+      dot<Q, NT>(query, keys, stride, next, p + t * kLanes);
+      t += NT;
+    };
+    const int stop = std::min(t + kWide, tiles);
+    if (cache.block_size % kLanes == 0) {  // else there is room to gather one
+      if (t + kWide <= stop) some(Int<kWide>());
+      while (t + 2 <= stop) some(Int<2>());
     }
-    for (int i = t; i < std::min(t + kWide, tiles); ++i) {
-      const T* keys = keys_of(chunk, span + i * kLanes, end, head, gathered, stride);
-      dot<Q, 1>(query, &keys, stride, p + i * kLanes);
-    }
+    while (t < stop) some(Int<1>());
   }
 
   // Scores to weights e^(s − max), 0 outside [from, to); returns what earlier sums are to be
   // multiplied with.
   float soften(float* p, int tiles, int64_t from, int64_t to, float& maximum, float& total) const {
-    float top = maximum;
-    const auto bounded = [](int64_t at) { return static_cast<int>(std::clamp<int64_t>(at, 0, 16)); };
+    // Most tiles are seen as a whole.
+    const auto seen = [&](F16 x, int t, float fill) {
+      const int64_t first = from - t * kLanes, last = to - t * kLanes;
+      if (first <= 0 && last >= kLanes) return x;
+      const auto bounded = [](int64_t at) { return static_cast<int>(std::clamp<int64_t>(at, 0, 16)); };
+      return keep(x, bounded(first), bounded(last), fill);
+    };
+    F16 tops = F16::set1(maximum);
     for (int t = 0; t < tiles; ++t) {
       float* at = p + t * kLanes;
       if (scores.softcap != 0.f)
         for (int i = 0; i < kLanes; ++i)
           at[i] = scores.softcap * std::tanh(at[i] / scores.softcap);
-      const F16 kept = keep(F16::load(at), bounded(from - t * kLanes), bounded(to - t * kLanes), kHidden);
+      const F16 kept = seen(F16::load(at), t, kHidden);
       kept.store(at);
-      top = std::max(top, max_lane(kept));
+      tops = max(tops, kept);
     }
+    const float top = max_lane(tops);
     F16 sums = F16::zero();
     for (int t = 0; t < tiles; ++t) {
       float* at = p + t * kLanes;
-      const F16 weights = keep(exp(F16::load(at) - F16::set1(top)), bounded(from - t * kLanes),
-                               bounded(to - t * kLanes), 0.f);
+      const F16 weights = seen(exp(F16::load(at) - F16::set1(top)), t, 0.f);
       weights.store(at);
       sums = sums + weights;
     }
-    const float factor = std::exp(maximum - top);
+    const float factor = maximum == top ? 1.f : std::exp(maximum - top);
     total = total * factor + sum(sums);
     maximum = top;
     return factor;
@@ -203,9 +251,9 @@ struct Attention {
 
   template <int Q = kQueries>
   void some_queries(int count, const Chunk& chunk, int64_t head, int64_t first, Heads q,
-                    const Rotary& rotary, float* out) const {
-    if (count == Q) return queries<Q>(chunk, head, first, q, rotary, out);
-    if constexpr (Q > 1) some_queries<Q - 1>(count, chunk, head, first, q, rotary, out);
+                    const Rotary& rotary, const Next& next, float* out) const {
+    if (count == Q) return queries<Q>(chunk, head, first, q, rotary, next, out);
+    if constexpr (Q > 1) some_queries<Q - 1>(count, chunk, head, first, q, rotary, next, out);
   }
 };
 
@@ -247,8 +295,10 @@ void attend_as(const Cache& cache, const std::vector<Chunk>& chunks, Heads queri
   for_each_task(tasks.size(), work > 1 << 15, [&](int64_t i) {
     const auto [chunk, head, first] = tasks[i];
     const int64_t count = chunk->num_rows * attention.group;
+    const Task& after = tasks[std::min<int64_t>(i + 1, tasks.size() - 1)];
+    const auto next = attention.next_of(*after.chunk, attention.start_of(*after.chunk, after.first), after.head);
     attention.some_queries(static_cast<int>(std::min<int64_t>(kQueries, count - first)), *chunk,
-                           head, first, queries, rotary, out);
+                           head, first, queries, rotary, next, out);
   });
 }
 
