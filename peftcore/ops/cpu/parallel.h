@@ -41,9 +41,10 @@ inline void run_phases(const std::vector<Phase>& phases, bool parallel) {
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
-  struct Finally {  // also where a task throws: the others must not wait for ever
+  struct Ended {  // told once, for the counter is everybody's; also where a task throws: none waits for ever
     std::atomic<int64_t>& done;
-    ~Finally() { done.fetch_add(1, std::memory_order_release); }
+    int64_t count = 0;
+    ~Ended() { done.fetch_add(count, std::memory_order_release); }
   };
   std::vector<Range> ranges(phases.size() * threads);
   std::vector<Counter> done(phases.size());
@@ -55,11 +56,14 @@ inline void run_phases(const std::vector<Phase>& phases, bool parallel) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (size_t p = 0; p < phases.size(); ++p) {
-        for (int64_t k = 0; k < threads; ++k) {
-          Range& range = ranges[p * threads + (t + k) % threads];
-          for (int64_t i = range.next++; i < range.end; i = range.next++) {
-            Finally finally{done[p].value};
-            phases[p].task(i);
+        {
+          Ended ended{done[p].value};
+          for (int64_t k = 0; k < threads; ++k) {
+            Range& range = ranges[p * threads + (t + k) % threads];
+            for (int64_t i = range.next++; i < range.end; i = range.next++) {
+              ++ended.count;
+              phases[p].task(i);
+            }
           }
         }
         // All are taken, so that whoever waits here waits for one that runs.
