@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.sampler import Sampler, probabilities
+from server.engine.sampler import Sampler, likeliest, probabilities
 from server.engine.sequence import SamplingParams, Sequence
 
 EOS = (3, 7)
@@ -280,6 +280,22 @@ def test_greedy_takes_the_best_after_penalties() -> None:
     before = logits.clone()
     assert draw_ids(Sampler(EOS), logits, sequences) == [1, 2, 2]
     assert torch.equal(logits, before), "the caller's logits were changed"
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 512, 1000, 49152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_is_argmax_s(vocab: int, dtype: torch.dtype) -> None:
+    """Ties, of which bfloat16 has many, and what is not finite included."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(40, vocab, generator=generator).to(dtype)
+    logits[1] = -torch.inf
+    logits[2] = 3.0
+    logits[3, vocab // 2 :] = torch.inf
+    logits[4, vocab // 3 :: 7] = torch.nan
+    logits[5:20, torch.randint(vocab, (15,), generator=generator)] = 9.0
+    logits[20, -1] = 9.0
+    assert torch.equal(likeliest(logits), logits.argmax(dim=-1))
+    assert torch.equal(likeliest(logits[:0]), torch.empty(0, dtype=torch.long))
 
 
 def test_greedy_ignores_the_seed_and_what_would_be_kept() -> None:
