@@ -154,13 +154,14 @@ class FusedLayer(nn.Module):
 
     def by_parts(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """As `forward`, in a launch for each part."""
-        after_attention, before_mlp, after_mlp = (
-            self.get_submodule(name) if name else nn.Identity() for name in self.branch_norms
-        )
         attended, _ = self.self_attn(self.input_layernorm(x), position_embeddings)
-        x = x + after_attention(attended)
-        result: Tensor = x + after_mlp(self.mlp(before_mlp(x)))
+        after_attention, before_mlp, after_mlp = self.branch_norms
+        x = x + self._normed(attended, after_attention)
+        result: Tensor = x + self._normed(self.mlp(self._normed(x, before_mlp)), after_mlp)
         return result
+
+    def _normed(self, x: Tensor, name: str | None) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
 
     def _launch(self) -> Any:
         """The kernels' layer of these parts; None where not all weights are packed codes."""
