@@ -36,10 +36,11 @@ inline void in_pairs(int64_t from, int64_t to, const Use& use) {
 }
 
 // How far behind byte `at` of a tile lies what is to be asked for there, where NT tiles are read side by
-// side. Less than a tile ahead counts over all of them, and behind their end come the next NT.
+// side. Less than a tile ahead counts over all of them, and behind their end come the next NT; more, or
+// back, is the way to another weight.
 template <int NT>
 inline int64_t reach(int64_t at, int64_t ahead, int64_t tile_bytes) {
-  if (ahead >= tile_bytes) return ahead;
+  if (ahead < 0 || ahead >= tile_bytes) return ahead;
   const int64_t own = ahead / NT;
   return at + own < tile_bytes ? own : own + (NT - 1) * tile_bytes;
 }
