@@ -30,7 +30,7 @@ from peftcore.ops.cpu import kernels
 from peftcore.ops.tiles import tiled
 from peftcore.packing import FEWEST_ROUNDED, round_factors
 from peftcore.quant import QuantLinear, fast_activations
-from peftcore.quant.linear import ACTIVATION_BITS
+from peftcore.quant.linear import activation_bits
 
 #: (out, in) of a layer's linear modules.
 MODULES = tuple(shape for launch in LAUNCHES for shape in launch)
@@ -311,7 +311,7 @@ def _gathered(task: Task) -> Contender:
 
 def _with_base(task: Task, with_adapters: bool) -> Contender:
     """The whole layer's linears over int8 weights, in the engine's launches."""
-    ops, bits = kernels(), ACTIVATION_BITS[fast_activations()]
+    ops, bits = kernels(), activation_bits(fast_activations())
     batches: Sequence[Any] = _batches(task)
     if not with_adapters:
         batches = [None] * len(batches)

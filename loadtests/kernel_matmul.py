@@ -28,7 +28,7 @@ from loadtests.contest import (
 from loadtests.machine import Watch, prepacked
 from peftcore.ops.cpu import kernels
 from peftcore.quant import Activations, Quantization, QuantLinear
-from peftcore.quant.linear import ACTIVATION_BITS
+from peftcore.quant.linear import activation_bits
 
 #: (out, in): of SmolLM2-135M's layers and head, then of a model of about 10⁹ weights.
 SHAPES = (
@@ -165,7 +165,7 @@ class Weights:
         layer = QuantLinear(self.weight, None, quantization)
         if not layer.packed:
             raise Unavailable("no kernels for this weight")
-        ops, bits = kernels(), ACTIVATION_BITS[activations]
+        ops, bits = kernels(), activation_bits(activations)
         for codes, scales in self._cold(name, layer.codes, layer.absmax):
             weight = ops.Weight(codes, scales, None, *self.weight.shape, bits)
             yield _launch(ops.linear, [weight], [-1])
@@ -318,7 +318,7 @@ def _model_of_ours(
                 made[shape, form] = QuantLinear(torch.randn(shape), None, form)
             layer = made[shape, form]
             tensors = layer.codes.clone(), layer.absmax.clone()
-            weights.append(ops.Weight(*tensors, None, *shape, ACTIVATION_BITS[activations]))
+            weights.append(ops.Weight(*tensors, None, *shape, activation_bits(activations)))
             num_bytes += layer.codes.nbytes + layer.absmax.nbytes
         plan.append((inputs[launch[0][1]], weights, [-1] * len(weights)))
 

@@ -29,12 +29,10 @@ from peftcore.quant.library import bitsandbytes
 from peftcore.quant.packed import can_pack, pack_int8, pack_nf4
 
 Quantization = Literal["nf4", "int8", "none"]
-#: What the kernels multiply the codes by: inputs as they are, or rounded to whole numbers, row by
-#: row, with a step of its own for every 64 or 128 inputs.
+#: What the kernels multiply the codes by: inputs as precise as float32, or rounded to whole
+#: numbers, row by row, with a step of its own for every 64 or 128 inputs.
 Activations = Literal["float", "int16", "int8"]
 
-#: For the kernels.
-ACTIVATION_BITS: dict[Activations, int] = {"float": 0, "int16": 16, "int8": 8}
 #: Dequantized weights per tile: 8 MiB of float32.
 _TILE_ELEMENTS = 2 << 20
 
@@ -48,6 +46,13 @@ def _tile_buffer(numel: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # else no later call outside it may write
             buffer = _scratch.buffer = torch.empty(max(numel, _TILE_ELEMENTS))
     return buffer.view(dtype)[:numel]
+
+
+def activation_bits(activations: Activations) -> int:
+    """As the kernels' weights take them; float32 as they multiply it fastest on this CPU."""
+    if activations == "float":
+        return int(kernels().FLOAT_BITS)
+    return {"int16": 16, "int8": 8}[activations]
 
 
 @cache
@@ -151,7 +156,7 @@ class QuantLinear(nn.Module):
 
     def _view(self, bias: Tensor | None) -> Any:
         shape = (self.out_features, self.in_features)
-        bits = ACTIVATION_BITS[self.activations]
+        bits = activation_bits(self.activations)
         return kernels().Weight(self.codes, self.absmax, bias, *shape, activation_bits=bits)
 
     def extra_repr(self) -> str:

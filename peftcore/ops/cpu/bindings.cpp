@@ -11,6 +11,7 @@
 #include "elementwise.h"
 #include "layer.h"
 #include "linear.h"
+#include "matmul.h"
 #include "quantize.h"
 
 namespace py = pybind11;
@@ -52,8 +53,8 @@ struct PyWeight : Weight {
     TORCH_CHECK_VALUE(codes_.numel() == tiles * (nf4 ? in / 8 : (in + 3) / 4) * 64 &&
                           (!nf4 || in % 8 == 0),
                       "codes: ", codes_.sizes(), " is not a packed [", out, ", ", in, "]");
-    TORCH_CHECK_VALUE(activation_bits == 0 || activation_bits == 8 || activation_bits == 16,
-                      "activation_bits: ", activation_bits, " is not 0, 8 or 16");
+    TORCH_CHECK_VALUE(activation_bits >= 0 && activation_bits <= 24 && activation_bits % 8 == 0,
+                      "activation_bits: ", activation_bits, " is not 0, 8, 16 or 24");
     this->activation_bits = activation_bits;
     group = in;
     if (nf4) {
@@ -506,6 +507,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("BYTE_DOTS") = false;
 #endif
+  m.attr("FLOAT_BITS") = float_bits();
   py::class_<PyWeight, std::shared_ptr<PyWeight>>(m, "Weight")
       .def(py::init<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int>(),
            py::arg("codes"), py::arg("scales"), py::arg("bias"), py::arg("out"), py::arg("in_"),

@@ -17,16 +17,15 @@ bool is_tall(int64_t rows);
 void multiply_float(const float* x, int64_t rows, bool tall, const Weight& weight, int64_t tile,
                     int64_t end, int64_t ahead, float* y);
 
-// Rows rounded to whole numbers of `bits`: x ≈ step · code, a step for each `group` inputs. There is
-// room for a multiple of sixteen rows.
+// Rows rounded to whole numbers of one, two or three signed bytes: x ≈ step · Σ 256^b · bytes[b], a step
+// for each `group` inputs. There is room for a multiple of sixteen rows.
 struct Rounded {
-  int bits;                // 8, or 16 as two bytes: code = 256 · high + low
+  int num_bytes;
   int64_t group, groups;   // inputs of a step; steps of a row
-  int64_t stride;          // bytes of a row's codes
-  int8_t* low;             // [rows][stride]
-  int8_t* high;            // the same; unused where bits is 8
+  int64_t stride;          // of a row's bytes
+  int8_t* bytes[3];        // [rows][stride]
   float* steps;            // [rows][groups]; NaN where an input was not finite
-  int32_t* corrections;    // [rows][groups], 128 · the sum of a group's codes
+  int32_t* sums;           // [rows][groups][num_bytes] of a group's bytes
 };
 
 // How rows for this weight are rounded, in `memory` of `rounded_bytes`, aligned to 64.
@@ -37,7 +36,7 @@ int64_t rounded_bytes(const Weight& weight, int64_t rows);
 void round_rows(const float* x, int64_t in, int64_t from, int64_t to, const Rounded& rounded);
 
 // W x + b from the rows [row, row + rows), as `multiply_float`. An nf4 weight's table is rounded to
-// eight bits. y: of the first row.
+// eight bits where inputs have one byte or two. y: of the first row.
 void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight& weight,
                       int64_t tile, int64_t end, int64_t ahead, float* y);
 
@@ -45,5 +44,8 @@ void multiply_integer(const Rounded& x, int64_t row, int64_t rows, const Weight&
 // and nothing is done, where not.
 bool multiply_amx(const Rounded& x, int64_t row, int64_t rows, const Weight& weight, int64_t tile,
                   int64_t end, int64_t ahead, float* y);
+
+// The bits by which inputs that are to lose nothing are multiplied fastest: 24 by AMX, or 0.
+int float_bits();
 
 }  // namespace polypeft

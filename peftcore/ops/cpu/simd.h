@@ -7,6 +7,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -85,9 +86,6 @@ struct F16 {
   void store_n(float* p, int n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
-  void store(int8_t* p) const {  // whole numbers from -128 to 127
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
-  }
 };
 
 inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -164,13 +162,6 @@ struct F16 {
     alignas(32) float full[kLanes];
     store(full);
     std::memcpy(p, full, sizeof(float) * n);
-  }
-  void store(int8_t* p) const {
-    __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
-    pairs = _mm256_permute4x64_epi64(pairs, 0b11011000);  // packs work within halves
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs),
-                                    _mm256_extracti128_si256(pairs, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
 };
 
@@ -392,9 +383,14 @@ inline F16 exp(F16 x) {
 
 // -- dot products of bytes -------------------------------------------------------------------------
 
+// I16: sixteen whole numbers of 32 bits. `to_nearest`: of numbers that fit, ties to even.
+// `bits_of_magnitude`: of |a| as float32, which are in the order of what they stand for; infinity's are
+// kInfinity, and a NaN's are above. `in_signed_bytes`: each number's bytes b such that it is
+// Σ 256^j · b[j], b signed. `store_byte`: byte J of each.
+constexpr int32_t kInfinity = 0x7f800000;
+
 #if defined(__AVX512VNNI__)
 
-// Sixteen whole numbers of 32 bits.
 struct I16 {
   __m512i v;
   static I16 zero() { return {_mm512_setzero_si512()}; }
@@ -404,9 +400,24 @@ struct I16 {
 inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I16 times256(I16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
+inline I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I16 to_nearest(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline I16 bits_of_magnitude(F16 a) {
+  return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
+inline I16 in_signed_bytes(I16 a) {
+  const __m512i bias = _mm512_set1_epi8(-128);
+  return {_mm512_xor_si512(_mm512_add_epi32(a.v, bias), bias)};
+}
+template <int J>
+void store_byte(I16 a, int8_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_srli_epi32(a.v, 8 * J)));
+}
+inline int32_t sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t max_lane(I16 a) { return _mm512_reduce_max_epi32(a.v); }
 
-// Four signed bytes in each of sixteen lanes, kept with 128 added to them.
+// Four bytes in each of sixteen lanes. `biased`: signed ones, with 128 added to them.
 struct Quads {
   __m512i v;
   static Quads biased(const int8_t* p) {
@@ -414,9 +425,6 @@ struct Quads {
   }
   static Quads load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
   void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
-  void store_unbiased(int8_t* p) const {
-    _mm512_storeu_si512(p, _mm512_xor_si512(v, _mm512_set1_epi8(-128)));
-  }
 };
 
 // a + Σ (quad's bytes + 128) · the four signed bytes in each lane of x.
@@ -429,10 +437,9 @@ inline I16 dot(I16 a, Quads quads, I16 x) {
 // Of 64 bytes: the table's values at the low nibbles, and at the high ones.
 struct NibbleTable {
   __m512i v;
-  explicit NibbleTable(const int8_t* p) {
-    __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    v = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(-128)));
-  }
+  NibbleTable() = default;
+  explicit NibbleTable(const uint8_t* p)
+      : v(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
   void look_up(const uint8_t* p, Quads& low, Quads& high) const {
     const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
     low.v = _mm512_shuffle_epi8(v, _mm512_and_si512(bytes, mask));
@@ -441,6 +448,15 @@ struct NibbleTable {
 };
 
 #elif defined(__AVXVNNI__)
+
+// Whole numbers from -128 to 127.
+inline void store_bytes(__m256i a, __m256i b, int8_t* p) {
+  const __m256i pairs = _mm256_packs_epi32(a, b);
+  const __m256i sorted = _mm256_permute4x64_epi64(pairs, 0b11011000);  // packs work within halves
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(sorted),
+                                        _mm256_extracti128_si256(sorted, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 
 struct I16 {
   __m256i v[2];
@@ -456,7 +472,37 @@ inline I16 operator-(I16 a, I16 b) {
 inline I16 times256(I16 a) {
   return {{_mm256_slli_epi32(a.v[0], 8), _mm256_slli_epi32(a.v[1], 8)}};
 }
+inline I16 max(I16 a, I16 b) {
+  return {{_mm256_max_epi32(a.v[0], b.v[0]), _mm256_max_epi32(a.v[1], b.v[1])}};
+}
 inline F16 to_float(I16 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+inline I16 to_nearest(F16 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
+inline I16 bits_of_magnitude(F16 a) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {{_mm256_and_si256(_mm256_castps_si256(a.v[0]), mask),
+           _mm256_and_si256(_mm256_castps_si256(a.v[1]), mask)}};
+}
+inline I16 in_signed_bytes(I16 a) {
+  const __m256i bias = _mm256_set1_epi8(-128);
+  for (__m256i& v : a.v) v = _mm256_xor_si256(_mm256_add_epi32(v, bias), bias);
+  return a;
+}
+template <int J>
+void store_byte(I16 a, int8_t* p) {
+  for (__m256i& v : a.v) v = _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * J), 24);
+  store_bytes(a.v[0], a.v[1], p);
+}
+inline int32_t sum(I16 a) {
+  int32_t lanes[kLanes], total = 0;
+  std::memcpy(lanes, a.v, sizeof(lanes));
+  for (int32_t lane : lanes) total += lane;
+  return total;
+}
+inline int32_t max_lane(I16 a) {
+  int32_t lanes[kLanes];
+  std::memcpy(lanes, a.v, sizeof(lanes));
+  return *std::max_element(lanes, lanes + kLanes);
+}
 
 struct Quads {
   __m256i v[2];
@@ -482,10 +528,9 @@ inline I16 dot(I16 a, Quads quads, I16 x) {
 
 struct NibbleTable {
   __m256i v;
-  explicit NibbleTable(const int8_t* p) {
-    __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    v = _mm256_broadcastsi128_si256(_mm_xor_si128(values, _mm_set1_epi8(-128)));
-  }
+  NibbleTable() = default;
+  explicit NibbleTable(const uint8_t* p)
+      : v(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
   void look_up(const uint8_t* p, Quads& low, Quads& high) const {
     const Quads bytes = Quads::load(p);
     const __m256i mask = _mm256_set1_epi8(15);
@@ -523,6 +568,38 @@ inline I16 operator-(I16 a, I16 b) {
 inline I16 times256(I16 a) {
   return each(a, a, [](int32_t x, int32_t) { return x * 256; });
 }
+inline I16 max(I16 a, I16 b) {
+  return each(a, b, [](int32_t x, int32_t y) { return x > y ? x : y; });
+}
+inline I16 to_nearest(F16 a) {
+  float full[kLanes];
+  round(a).store(full);
+  I16 r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(full[i]);
+  return r;
+}
+inline I16 bits_of_magnitude(F16 a) {
+  I16 r;
+  static_assert(sizeof(r) == sizeof(a));
+  std::memcpy(&r, &a, sizeof(r));
+  return each(r, r, [](int32_t x, int32_t) { return x & 0x7fffffff; });
+}
+inline I16 in_signed_bytes(I16 a) {
+  return each(a, a, [](int32_t x, int32_t) {
+    constexpr uint32_t kBias = 0x80808080;
+    return static_cast<int32_t>((static_cast<uint32_t>(x) + kBias) ^ kBias);
+  });
+}
+template <int J>
+void store_byte(I16 a, int8_t* p) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i] >> 8 * J);
+}
+inline int32_t sum(I16 a) {
+  int32_t total = 0;
+  for (int32_t lane : a.v) total += lane;
+  return total;
+}
+inline int32_t max_lane(I16 a) { return *std::max_element(a.v, a.v + kLanes); }
 inline F16 to_float(I16 a) {
   float full[kLanes];
   for (int i = 0; i < kLanes; ++i) full[i] = static_cast<float>(a.v[i]);
@@ -553,9 +630,8 @@ inline I16 dot(I16 a, Quads quads, I16 x) {
 
 struct NibbleTable {
   uint8_t v[16];
-  explicit NibbleTable(const int8_t* p) {
-    for (int i = 0; i < 16; ++i) v[i] = static_cast<uint8_t>(p[i] + 128);
-  }
+  NibbleTable() = default;
+  explicit NibbleTable(const uint8_t* p) { std::memcpy(v, p, sizeof(v)); }
   void look_up(const uint8_t* p, Quads& low, Quads& high) const {
     for (int i = 0; i < kQuadBytes; ++i) {
       low.v[i] = v[p[i] & 15];

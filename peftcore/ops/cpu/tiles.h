@@ -5,6 +5,7 @@
 #include "weight.h"
 
 #include <algorithm>
+#include <array>
 
 namespace polypeft {
 
@@ -14,13 +15,28 @@ constexpr float kNf4[16] = {
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-// The same times 127, rounded.
-constexpr int8_t kNf4Rounded[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
-                                    10, 20, 31, 43, 56, 71, 92, 127};
+// What a dot product of unsigned bytes with signed ones takes weights with.
+constexpr int kBias = 128;
+// The same times 127 in signed bytes, Σ 256^-s · kNf4Bytes[s], and `Bias` added to each; the first alone
+// is the value rounded.
+template <int Bias>
+constexpr auto kNf4Bytes = [] {
+  std::array<std::array<uint8_t, 16>, 3> bytes{};
+  for (int i = 0; i < 16; ++i) {
+    double left = 127.0 * kNf4[i];
+    for (auto& byte : bytes) {
+      const int nearest = static_cast<int>(left + (left < 0 ? -0.5 : 0.5));
+      byte[i] = static_cast<uint8_t>(nearest + Bias);
+      left = 256 * (left - nearest);
+    }
+  }
+  return bytes;
+}();
 
 // `step` calls `use(k, w)` for inputs [from, to) in order, w the weights of NT tiles from `tile` as
 // floats, an int8 weight's without its scale. `quads` calls `use(q, parity, w)` for inputs 4q to 4q + 3
-// of [from, to), w as integers: an nf4 weight's without its scale and times 127; parity: Int<q % 2>.
+// of [from, to), w[s][t] as integers in S bytes, of which there is more than one in `kNf4Bytes` alone: an
+// nf4 weight's without its scale; with kBias added to each byte, or as they are; parity: Int<q % 2>.
 // `from` is a multiple of eight. Both ask for what is read `ahead` bytes later, so that memory works
 // while these are multiplied.
 
@@ -77,16 +93,17 @@ struct Int8Tiles {
     }
   }
 
-  template <int NT, class Use>
+  template <int NT, int S, int Bias = kBias, class Use>
   void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
+    static_assert(S == 1);
     const int8_t* at = codes + tile * tile_bytes;
     const int64_t size = tile_bytes;
     in_pairs(from / 4, (to + 3) / 4, [&](int64_t q, auto parity) POLYPEFT_INLINE {
-      Quads w[NT];
+      Quads w[1][NT];
       const int64_t later = reach<NT>(q * kQuadBytes, ahead, size);
       unrolled<NT>([&](auto t) {
         const int8_t* quad = at + t * size + q * kQuadBytes;
-        w[t] = Quads::biased(quad);
+        w[0][t] = Bias ? Quads::biased(quad) : Quads::load(reinterpret_cast<const uint8_t*>(quad));
         fetch(quad + later);
       });
       use(q, parity, w);
@@ -138,17 +155,18 @@ struct Nf4Tiles {
     }
   }
 
-  template <int NT, class Use>
+  template <int NT, int S, int Bias = kBias, class Use>
   void quads(int64_t tile, int64_t from, int64_t to, const Use& use) const {
-    const NibbleTable table(kNf4Rounded);
+    NibbleTable tables[S];
+    unrolled<S>([&](auto s) { tables[s] = NibbleTable(kNf4Bytes<Bias>[s].data()); });
     const uint8_t* at = codes + tile * tile_bytes;
     const int64_t size = tile_bytes;
     for (int64_t word = from / 8; word < to / 8; ++word) {
-      Quads low[NT], high[NT];
+      Quads low[S][NT], high[S][NT];
       const int64_t later = reach<NT>(word * kQuadBytes, ahead, size);
       unrolled<NT>([&](auto t) {
         const uint8_t* eights = at + t * size + word * kQuadBytes;
-        table.look_up(eights, low[t], high[t]);
+        unrolled<S>([&](auto s) { tables[s].look_up(eights, low[s][t], high[s][t]); });
         fetch(eights + later);
       });
       use(2 * word, Int<0>(), low);
@@ -157,16 +175,33 @@ struct Nf4Tiles {
   }
 };
 
-// use(tiles, Int<bytes>()): a weight's tiles, and the bytes of its inputs' codes.
+// use(tiles, Int<B>(), Int<S>()): a weight's tiles, the bytes of its inputs' codes, and of its own.
 template <class Use>
 void with_integers(const Weight& w, int64_t ahead, const Use& use) {
-  const auto run = [&](const auto& tiles) {
-    w.activation_bits == 16 ? use(tiles, Int<2>()) : use(tiles, Int<1>());
+  const auto run = [&](const auto& tiles, auto most) {
+    switch (w.activation_bits) {
+      case 8: return use(tiles, Int<1>(), Int<1>());
+      case 16: return use(tiles, Int<2>(), Int<1>());
+      default: return use(tiles, Int<3>(), most);
+    }
   };
-  w.nf4 ? run(Nf4Tiles(w, ahead)) : run(Int8Tiles(w, ahead));
+  w.nf4 ? run(Nf4Tiles(w, ahead), Int<3>()) : run(Int8Tiles(w, ahead), Int<1>());
 }
 
-// The scales of an nf4 weight's tile for one group of inputs, where its codes are `kNf4Rounded`.
+// Inputs' and weights' bytes make B sums, of which `position` p counts 256^p times: inputs' byte b and
+// weights' s add to sum b − s, and what would come below 0 is less than is kept. The whole as a float.
+template <int B>
+F16 whole_sum(const I16 (&sums)[B]) {
+  if constexpr (B == 1) {
+    return to_float(sums[0]);
+  } else {
+    const F16 lower = to_float(times256(sums[1]) + sums[0]);
+    if constexpr (B == 2) return lower;
+    return fma(to_float(sums[B - 1]), F16::set1(65536.f), lower);
+  }
+}
+
+// The scales of an nf4 weight's tile for one group of inputs, where its codes are `kNf4Bytes`.
 inline F16 nf4_scale(const Weight& w, int64_t tile, int64_t g) {
   return F16::load(w.scales + (tile * (w.in / w.group) + g) * kLanes) * F16::set1(1.f / 127.f);
 }

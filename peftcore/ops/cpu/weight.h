@@ -16,8 +16,11 @@ enum class Type { kFloat, kHalf, kBFloat16, kByte };
 //       8q + 4 + j (high bits); scales [tiles][in/group][16], W = table[code] · scale; in and group
 //       are multiples of eight.
 //
-// activation_bits: 0, inputs are multiplied as they are, in float; 8 or 16, they are rounded to
-// integers of so many bits first, with a step for every group of inputs of each row.
+// activation_bits: 0, inputs are multiplied as they are, in float; 8, 16 or 24, they are rounded to
+// integers of so many bits first, with a step for every group of inputs of each row, and multiplied
+// byte by byte. At 24 an nf4 weight's table has 24 bits too, and what is left of rounding is no more
+// than what sums of floats lose: floats out of bytes, as Ootomo, Ozaki and Yokota have them for
+// DGEMM (arXiv:2306.11975).
 //
 // adds: outputs are added to what is there; such a weight has codes of int8 and no scales.
 struct Weight {

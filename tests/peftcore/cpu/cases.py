@@ -65,7 +65,8 @@ class Base:
     ) -> Base:
         """Of random codes, with scales that differ much from one to the next.
 
-        Where inputs are rounded, `exact` has nf4's values rounded to 127ths, as the kernel does.
+        Where inputs are rounded to one byte or two, `exact` has nf4's values rounded to 127ths, as
+        the kernel does.
         """
         g = generator(seed)
         b = torch.randn(out, generator=g) if bias else None
@@ -80,7 +81,7 @@ class Base:
             high, low = ids[:, ::2], ids[:, 1::2]
             packed = pack_nf4((high << 4 | low).reshape(-1, 1), absmax, out, in_, BLOCK)
             table = bnb.functional.get_4bit_type("nf4", device="cpu").double()
-            if activation_bits:
+            if activation_bits in (8, 16):
                 table = (table * 127).round() / 127
             scales = absmax.double().repeat_interleave(BLOCK)[: out * in_]
             exact = table[ids.long()] * scales.view(out, in_)

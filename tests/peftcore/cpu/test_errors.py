@@ -395,7 +395,7 @@ def test_what_the_cases_begin_with_fits(ops: Any) -> None:
     nf4(2, 1, 16)
     nf4(2, 2, 16)
     codes = torch.zeros(2, 2, 16, 4, dtype=torch.int8)
-    for bits in (0, 8, 16):
+    for bits in (0, 8, 16, 24):
         ops.Weight(codes, torch.ones(2, 16), None, 20, 8, bits)
     assert attention().shape == (1, 3, 4, 8)
     attention(
