@@ -101,9 +101,7 @@ def serving(
         path = tiny.save_random_adapter(model, config, data / name, seed, scale=0.01)
         if config.peft_type == "PREFIX_TUNING":
             start_prefix_from_text(model, path, config.num_virtual_tokens, seed)
-        runtime.adapters.register(
-            name, (path / tiny.CONFIG_NAME).read_bytes(), path / tiny.WEIGHTS_NAME
-        )
+        tiny.register(runtime, name, path)
         paths[name] = path
     try:
         yield runtime, paths

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from peftcore import AdapterConfig, config_from_dict
+from server.adapters.info import AdapterInfo
 from server.build import assemble
 from server.models.loader import prepare_model
 from server.runtime import Runtime
@@ -378,6 +379,12 @@ def our_config(config: peft.PeftConfig) -> AdapterConfig:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value.value
+
+
+def register(runtime: Runtime, name: str, folder: Path) -> tuple[AdapterInfo, str]:
+    """A saved adapter, as its upload registers it."""
+    config = (folder / CONFIG_NAME).read_bytes()
+    return runtime.adapters.register(name, config, folder / WEIGHTS_NAME)
 
 
 def save_random_adapter(

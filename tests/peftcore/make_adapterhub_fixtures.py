@@ -162,7 +162,7 @@ def train(made: Any, model: str) -> list[float]:
     losses = []
     made.train()
     for step in range(STEPS):
-        torch.manual_seed(100 + step)
+        torch.default_generator.manual_seed(100 + step)
         optimizer.zero_grad()
         found = made(**batch(model))
         loss = found.loss if "labels" in batch(model) else found.last_hidden_state.square().mean()

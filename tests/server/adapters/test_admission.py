@@ -22,11 +22,7 @@ class World:
     """A DoRA on a quantized base: its packed form depends on the base's values."""
 
     def __init__(self, runtime: Runtime, adapter: Path) -> None:
-        info, _ = runtime.adapters.register(
-            "one",
-            (adapter / tiny.CONFIG_NAME).read_bytes(),
-            adapter / tiny.WEIGHTS_NAME,
-        )
+        info, _ = tiny.register(runtime, "one", adapter)
         loaded = runtime.engine.runner.loaded
         self.base, self.dtype, self.digest = loaded.base, loaded.dtype, info.digest
         self.folder = runtime.adapters.store.folder(info.digest)

@@ -87,11 +87,7 @@ def test_adapters_come_and_go_beside_steps(tmp_path: Path) -> None:
     configs = tiny.peft_configs("llama")
     for seed, name in enumerate(KINDS):
         paths[name] = tiny.save_random_adapter(model, configs[name], tmp_path / name, seed)
-        runtime.adapters.register(
-            name,
-            (paths[name] / "adapter_config.json").read_bytes(),
-            paths[name] / "adapter_model.safetensors",
-        )
+        tiny.register(runtime, name, paths[name])
     cache = runtime.engine.cache
     copies = cache._copies = LateCopies(cache.arena)
     recorder, rng, sequences = Recorder(runtime), random.Random(2), []
@@ -119,8 +115,7 @@ def test_what_is_loaded_for_a_gpu_lies_in_pinned_memory(
     model = tiny.llama(num_hidden_layers=1)
     runtime = tiny.runtime(model, tmp_path / "data")
     path = tiny.save_random_adapter(model, tiny.peft_configs("llama")["dora"], tmp_path / "a")
-    config = (path / "adapter_config.json").read_bytes()
-    info, _ = runtime.adapters.register("a", config, path / "adapter_model.safetensors")
+    info, _ = tiny.register(runtime, "a", path)
     loaded = runtime.engine.runner.loaded
     pinned: list[Tensor] = []
 

@@ -49,8 +49,7 @@ def test_a_mixed_batch_is_what_each_row_is_alone(model: str, tmp_path: Path) -> 
     made = get_peft_model(world.base(), lora)
     made.save_pretrained(tmp_path / "lora")
     oracles["lora"] = Alone(made)
-    config = (tmp_path / "lora" / "adapter_config.json").read_bytes()
-    runtime.adapters.register("lora", config, tmp_path / "lora" / "adapter_model.safetensors")
+    tiny.register(runtime, "lora", tmp_path / "lora")
 
     recorder = Recorder(runtime)
     ids = original.batch(model)["input_ids"]

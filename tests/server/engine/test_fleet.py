@@ -122,11 +122,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             model = tiny.for_task(base, task, num_labels)
             tiny.save_random_adapter(model, configs[kind], path, seed)
             adapters[path.name] = (path, task, num_labels)
-            runtime.adapters.register(
-                path.name,
-                (path / tiny.CONFIG_NAME).read_bytes(),
-                path / tiny.WEIGHTS_NAME,
-            )
+            tiny.register(runtime, path.name, path)
     yield Fleet(base, runtime, adapters)
     runtime.close()
 
@@ -301,9 +297,7 @@ def test_heads_of_other_encoders_equal_peft(name: str, tmp_path: Path) -> None:
         path, num_labels = tmp_path / f"{task}-{rank}", 2 + seed
         tiny.save_random_adapter(tiny.for_task(base, task, num_labels), config, path, seed)
         adapters[path.name] = (path, task, num_labels)
-        runtime.adapters.register(
-            path.name, (path / tiny.CONFIG_NAME).read_bytes(), path / tiny.WEIGHTS_NAME
-        )
+        tiny.register(runtime, path.name, path)
     fleet = Fleet(base, runtime, adapters)
     prompts = [[t % 60 + 4 for t in ids] for ids in texts(13, len(adapters))]
     requests = [
@@ -376,9 +370,7 @@ def test_token_type_ids_reach_the_model(tmp_path: Path) -> None:
     path = tmp_path / "prompt"
     config = tiny.peft_configs("bert", "SEQ_CLS")["prompt"]
     tiny.save_random_adapter(tiny.for_task(base, "SEQ_CLS"), config, path)
-    runtime.adapters.register(
-        "prompt", (path / tiny.CONFIG_NAME).read_bytes(), path / tiny.WEIGHTS_NAME
-    )
+    tiny.register(runtime, "prompt", path)
     ids, types = [1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 1, 1]
     fleet = Fleet(base, runtime, {"prompt": (path, "SEQ_CLS", 3)})
     add, runtime.engine.add = runtime.engine.add, lambda seq: add(typed(seq))  # type: ignore

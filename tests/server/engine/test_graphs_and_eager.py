@@ -45,8 +45,7 @@ def runtime_of(folder: Path, **changes: Any) -> Any:
     configs = tiny.peft_configs("llama")
     for seed, name in enumerate(NAMES):
         path = tiny.save_random_adapter(model, configs[name], folder / name, seed)
-        config = (path / "adapter_config.json").read_bytes()
-        runtime.adapters.register(name, config, path / "adapter_model.safetensors")
+        tiny.register(runtime, name, path)
     return runtime
 
 

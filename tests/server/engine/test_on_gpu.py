@@ -30,8 +30,7 @@ def test_a_step_waits_for_nothing(tmp_path: Path, cuda_graphs: bool) -> None:
     configs = tiny.peft_configs("llama")
     for seed, name in enumerate(("lora-r8-all", "dora")):
         path = tiny.save_random_adapter(model, configs[name], tmp_path / name, seed)
-        config = (path / "adapter_config.json").read_bytes()
-        runtime.adapters.register(name, config, path / "adapter_model.safetensors")
+        tiny.register(runtime, name, path)
     runner = runtime.engine.runner
     execute, num_steps = runner.execute, 0
 

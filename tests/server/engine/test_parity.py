@@ -26,11 +26,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     configs = tiny.peft_configs(model.config.model_type)
     for seed, (name, config) in enumerate(configs.items()):
         paths[name] = tiny.save_random_adapter(model, config, folder / name, seed)
-        runtime.adapters.register(
-            name,
-            (paths[name] / "adapter_config.json").read_bytes(),
-            paths[name] / "adapter_model.safetensors",
-        )
+        tiny.register(runtime, name, paths[name])
     yield model, runtime, paths
     runtime.close()
 

@@ -42,8 +42,7 @@ class World:
         configs = tiny.peft_configs("llama")
         for seed, name in enumerate(names):
             path = tiny.save_random_adapter(self.model, configs[name], folder / name, seed)
-            config = (path / "adapter_config.json").read_bytes()
-            self.runtime.adapters.register(name, config, path / "adapter_model.safetensors")
+            tiny.register(self.runtime, name, path)
             self.paths[name] = path
         self.runner = self.runtime.engine.runner
         self.graphs = StepGraphs(

@@ -28,11 +28,7 @@ def _registered(model: Any, folder: Path, **changes: Any) -> tuple[Any, dict[str
     paths: dict[str, Path] = {}
     for seed, (name, config) in enumerate(tiny.peft_configs(model.config.model_type).items()):
         paths[name] = tiny.save_random_adapter(model, config, folder / name, seed)
-        runtime.adapters.register(
-            name,
-            (paths[name] / "adapter_config.json").read_bytes(),
-            paths[name] / "adapter_model.safetensors",
-        )
+        tiny.register(runtime, name, paths[name])
     return runtime, paths
 
 
@@ -54,8 +50,8 @@ def test_all_methods_in_one_batch(tmp_path: Path) -> None:
         mixed = label in ("mixture", "half")
         lease = runtime.adapters.lease("tiny", parts) if mixed else runtime.adapters.lease(label)
         with lease:
-            prompt = [rng.randrange(256) for _ in range(rng.randint(2, 20))]
-            sequences.append((recorder.add(label, prompt, lease, max_tokens=3), parts))
+            prompt = [rng.randrange(256) for _ in range(rng.randint(2, 12))]
+            sequences.append((recorder.add(label, prompt, lease, max_tokens=2), parts))
     recorder.run()
     for seq, parts in sequences:
         oracle = tiny.PeftOracle(model, [(paths[name], weight) for name, weight in parts])

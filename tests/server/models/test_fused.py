@@ -99,11 +99,7 @@ def served(
     paths = {}
     for seed, name in enumerate(names):
         paths[name] = tiny.save_random_adapter(model, configs[name], folder / name, seed)
-        runtime.adapters.register(
-            name,
-            (paths[name] / "adapter_config.json").read_bytes(),
-            paths[name] / "adapter_model.safetensors",
-        )
+        tiny.register(runtime, name, paths[name])
     return Recorder(runtime), paths
 
 

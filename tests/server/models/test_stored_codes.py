@@ -110,8 +110,7 @@ def difference(
     runtime = assemble(tiny.settings(folder / "data"), loaded, tiny.tokenizer(), "tiny")
     parts = []
     if adapter is not None:
-        config = (adapter / "adapter_config.json").read_bytes()
-        runtime.adapters.register("a", config, adapter / "adapter_model.safetensors")
+        tiny.register(runtime, "a", adapter)
         parts = [(adapter, 1.0)]
     recorder = Recorder(runtime)
     with runtime.adapters.lease("tiny" if adapter is None else "a") as lease:
