@@ -167,11 +167,12 @@ def test_every_method_equals_peft_on_the_dequantized_base(
     """Greedy tokens equal (compare asserts it); logits to what float32 loses.
 
     peft computes in float64 here: over nf4 its own float32 is off by 3e-4 where a random prompt
-    conditions the model badly, and two such errors add up.
+    conditions the model badly, and of nf4's products the kernels' three bytes lose twice as much.
     """
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     model, folder = load(None)
     seen = seen_dequantized(model, quantization).double()
     with serving(model, folder, tmp_path, quantization) as (runtime, paths):
         errors = run_mixed(runtime, paths, seen, folder)
-    assert max(errors.values()) <= 5e-4, errors
+    for name, error in errors.items():
+        assert error <= (1e-3 if (quantization, name) == ("nf4", "prompt") else 3e-4), errors
