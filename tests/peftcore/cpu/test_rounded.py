@@ -106,9 +106,10 @@ def test_three_bytes_are_as_near_as_float32(ops: Any, quantization: str) -> None
     x[:20, 7] *= 3000
     exact = base.multiply(x)
     ours, torchs = (
-        (y.double() - exact).norm(dim=1) for y in (linear(x, base), F.linear(x, base.exact.float()))
-    )
-    assert bool((ours <= 3 * torchs).all())
+        ((y.double() - exact).norm(dim=1) / exact.norm(dim=1)).max()
+        for y in (linear(x, base), F.linear(x, base.exact.float()))
+    )  # of the worst row: how torch sums differs among CPUs, and a row of its may be all but exact
+    assert ours <= 3 * torchs
 
 
 @pytest.mark.parametrize("bits", BITS)
